@@ -1,0 +1,46 @@
+"""MNIST Lab: small models, one training loop, honest numbers.
+
+    import mnistlab as ml                 # before torchvision: see _torchvision.py
+
+    data = ml.load("mnist")
+    run = ml.fit(ml.build("cnn-8k"), data, ml.Recipe(epochs=1), seed=0)
+    print(ml.evaluate(run.model, data.val))
+"""
+
+import importlib
+from importlib.metadata import version
+
+from . import _torchvision  # noqa: F401  before anything imports torchvision
+from . import data, models, train  # noqa: F401
+from .data import Augment, DataError, Dataset, Split, load, rotations
+from .evaluate import Comparison, Report, compare, evaluate, wilson
+from .models import build
+from .train import Recipe, Run, fit, predict
+
+__all__ = [
+    "Augment",
+    "Comparison",
+    "DataError",
+    "Dataset",
+    "Recipe",
+    "Report",
+    "Run",
+    "Split",
+    "build",
+    "compare",
+    "evaluate",
+    "fit",
+    "load",
+    "plots",
+    "predict",
+    "rotations",
+    "wilson",
+]
+__version__ = version("mnistlab")
+
+
+def __getattr__(name: str):
+    """Import `plots` when first asked for: matplotlib is slow to load."""
+    if name == "plots":
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m mnistlab`."""
+
+from .cli import main
+
+main()

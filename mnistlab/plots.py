@@ -1,0 +1,198 @@
+"""Figures. Each function draws on an Axes (a new one by default) and returns it.
+
+Call `style()` once: transparent background, grey text, and Okabe and Ito's colours, which are told
+apart by colour-blind readers; all of it legible on a light and on a dark page.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from torch import Tensor, nn
+
+from .data import Split
+from .evaluate import Report
+from .train import Run
+
+# Okabe & Ito (2008), those that stand out from white and from black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK = "#7f7f7f"  # grey: 4:1 against a white page, 5:1 against a black one
+# Zero is grey; away from it, blue and vermilion, as bright on light as on dark.
+DIVERGING = LinearSegmentedColormap.from_list("mnistlab", ["#0072B2", "#dcdcdc", "#D55E00"])
+
+
+def style() -> None:
+    """Set matplotlib's defaults for figures that sit on the page, light or dark."""
+    plt.rcParams.update(
+        {
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            "legend.framealpha": 0.0,
+            "axes.prop_cycle": cycler(color=COLOURS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": False,
+            "grid.alpha": 0.3,
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "image.cmap": "gray",
+        }
+        | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor"), INK)
+        | dict.fromkeys(("xtick.color", "ytick.color", "grid.color", "legend.labelcolor"), INK)
+    )
+
+
+def digits(
+    images: Tensor,
+    titles: Sequence[Any] | None = None,
+    *,
+    columns: int = 10,
+    cmap: Any = "gray",
+    limit: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """A grid of images, row by row, each with its title above it.
+
+    Args:
+        images: [N, C, H, W] or [N, H, W], uint8 or float; C is 1 or 3.
+        titles: N of them.
+        limit: colours run from -limit to limit; else over the values of all images together.
+    """
+    images = images.detach().cpu().float()
+    if images.ndim == 4:
+        images = images.permute(0, 2, 3, 1).squeeze(-1)  # [N, H, W] or [N, H, W, 3]
+    n, h, w = images.shape[:3]
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    gap, head = 2, (h // 3 if titles is not None else 0)  # in pixels of the images
+    if ax is None:
+        size = max(0.45, 6.5 / columns)
+        height = size * rows * (h + gap + head) / (w + gap)
+        _, ax = plt.subplots(figsize=(size * columns, height))
+    low, high = (-limit, limit) if limit else (images.min(), images.max())
+    for i, image in enumerate(images):
+        x, y = (i % columns) * (w + gap), (i // columns) * (h + gap + head) + head
+        if image.ndim == 3:
+            image = image / high
+        ax.imshow(image, cmap=cmap, vmin=low, vmax=high, extent=(x, x + w, y + h, y))
+        if titles is not None:
+            ax.text(x + w / 2, y - 1, str(titles[i]), ha="center", va="bottom", fontsize=8)
+    ax.set(xlim=(0, columns * (w + gap) - gap), ylim=(rows * (h + gap + head), 0))
+    ax.axis("off")
+    return ax
+
+
+def curves(runs: Run | Sequence[Run] | Mapping[str, Run], *, ax: Axes | None = None) -> Axes:
+    """Loss against epochs: training dashed, validation solid, a colour for each run."""
+    if isinstance(runs, Run):
+        runs = [runs]
+    if not isinstance(runs, Mapping):
+        runs = {f"seed {run.seed}": run for run in runs}
+    ax = ax or plt.subplots(figsize=(5, 3))[1]
+    for (name, run), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
+        epochs = [row["epoch"] for row in run.history]
+        for key, line, label in (("train_loss", "--", None), ("val_loss", "-", name)):
+            values = [row[key] for row in run.history]
+            ax.plot(epochs, values, line, marker=".", color=colour, label=label)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="epoch", ylabel="loss (dashed: training)", yscale="log")
+    ax.legend()
+    return ax
+
+
+def confusion(
+    report: Report, classes: Sequence[str] | None = None, *, ax: Axes | None = None
+) -> Axes:
+    """Counts of each label (row) taken for each class (column); the mistakes set the colours."""
+    counts = report.confusion.numpy()
+    k = len(counts)
+    wrong = counts * (1 - np.eye(k, dtype=counts.dtype))
+    ax = ax or plt.subplots(figsize=(4.5, 4.5))[1]
+    ax.imshow(np.where(np.eye(k, dtype=bool), np.nan, wrong), cmap="cividis", vmin=0)
+    top = max(1, wrong.max())
+    for row, column in np.ndindex(k, k):
+        if counts[row, column] and k <= 20:
+            dark = row != column and wrong[row, column] < 0.6 * top
+            colour = INK if row == column else "white" if dark else "black"
+            ax.text(
+                column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=7
+            )
+    names = classes or [str(i) for i in range(k)]
+    ax.set(xticks=range(k), yticks=range(k), xlabel="predicted", ylabel="label")
+    ax.set_xticklabels(names, rotation=0 if max(map(len, names)) < 3 else 90)
+    ax.set_yticklabels(names)
+    return ax
+
+
+def mistakes(report: Report, split: Split, *, n: int = 20, ax: Axes | None = None) -> Axes:
+    """The most confident mistakes: label, arrow, prediction, confidence."""
+    index = report.mistakes[:n]
+    titles = [
+        f"{report.labels[i]}→{report.predictions[i]} {100 * report.confidence[i]:.0f}%"
+        for i in index
+    ]
+    return digits(split.images[index.to(split.images.device)], titles, ax=ax)
+
+
+def filters(weight: Tensor, *, columns: int = 8, ax: Axes | None = None) -> Axes:
+    """Weights as small images, blue below zero and vermilion above, all on one scale.
+
+    Args:
+        weight: [out, in, H, W] of a convolution (each input channel its own image), or [N, H, W].
+    """
+    maps = weight.detach().cpu().flatten(0, -3)
+    return digits(maps, columns=columns, cmap=DIVERGING, limit=maps.abs().max().item(), ax=ax)
+
+
+@torch.no_grad()
+def activations(
+    model: nn.Module, layer: nn.Module, image: Tensor, *, columns: int = 8, ax: Axes | None = None
+) -> Axes:
+    """What one layer of a model in eval mode gives for one image: a picture for each channel.
+
+    Args:
+        layer: a module of the model, with output [1, C, H, W].
+        image: normalised, [1, C, H, W].
+    """
+    seen: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    was_training = model.training
+    try:
+        model.eval()(image)
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return digits(seen[0][0], columns=columns, cmap="viridis", ax=ax)
+
+
+def frontier(rows: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Axes:
+    """Accuracy against parameters, with intervals: one point a model, one colour a family.
+
+    Args:
+        rows: each with `name`, `family`, `params`, `mean` and `interval` (low, high); accuracies
+            are fractions.
+    """
+    ax = ax or plt.subplots(figsize=(6, 3.8))[1]
+    for family, colour in zip(dict.fromkeys(r["family"] for r in rows), COLOURS, strict=False):
+        own = sorted((r for r in rows if r["family"] == family), key=lambda r: r["params"])
+        mean = 100 * np.array([r["mean"] for r in own])
+        low, high = 100 * np.array([r["interval"] for r in own]).T
+        params = [r["params"] for r in own]
+        ax.errorbar(
+            params, mean, (mean - low, high - mean), fmt="o-", capsize=3, color=colour, label=family
+        )
+        for row, y in zip(own, mean, strict=True):
+            ax.annotate(
+                row["name"], (row["params"], y), (4, -11), textcoords="offset points", fontsize=8
+            )
+    ax.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy, %")
+    ax.grid(True, axis="y")
+    ax.margins(x=0.15)
+    ax.legend()
+    return ax

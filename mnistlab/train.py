@@ -1,0 +1,452 @@
+"""The one training loop: a frozen Recipe goes in, a Run comes out."""
+
+import dataclasses
+import difflib
+import io
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from .data import Augment, Dataset, Split, batches, load
+from .models import build
+
+CHOICES = {
+    "optimizer": ("sgd", "adam", "adamw", "rmsprop"),
+    "schedule": ("onecycle", "cosine", "step", "plateau", "constant"),
+    "precision": ("fp32", "bf16"),
+}
+LOOK_EVERY = 20  # batches between two looks at the loss: each look makes a GPU wait
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run, except the seed.
+
+    Raises:
+        ValueError: a field is out of its range; the message names it.
+    """
+
+    model: str = "cnn-68k"  # a preset; used where fit() is given no module
+    data: str = "mnist"  # a data set; used where fit() is given no Dataset
+    epochs: int = 5
+    batch_size: int = 128  # a last batch that is not full is left out of an epoch
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    lr: float = 0.1  # learning rate: the highest that the schedule reaches
+    momentum: float = 0.9  # of SGD
+    nesterov: bool = True  # of SGD
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam and AdamW
+    weight_decay: float = 5e-4  # on weights of two dimensions or more, not on biases and norms
+    # onecycle: Smith & Topin 2017; cosine: Loshchilov & Hutter 2016, after a linear warm-up;
+    # plateau: lowered when the validation loss no longer falls
+    schedule: Literal["onecycle", "cosine", "step", "plateau", "constant"] = "onecycle"
+    warmup: float = 0.25  # fraction of the training in which lr rises (onecycle, cosine)
+    step_epochs: int = 5  # epochs between two steps (step)
+    gamma: float = 0.1  # what lr is multiplied by (step, plateau)
+    patience: int = 2  # epochs without a lower validation loss (plateau)
+    loss: Callable[[Any, Tensor], Tensor] | None = None  # (output, labels) -> scalar
+    label_smoothing: float = 0.0  # of cross-entropy, the default loss (Szegedy et al. 2016)
+    augment: Augment = Augment()  # random changes to the training images
+    clean_epochs: int = 0  # so many epochs at the end train without augmentation
+    ema: float = 0.0  # decay of an average of the weights, which is then the model; 0 is off
+    clip: float = 0.0  # largest norm of the gradient; 0 is off
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, where the processor has it
+    compile: bool = False  # run the model through torch.compile
+    target: float | None = None  # stop once validation accuracy, 0..1, reaches this
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                near = difflib.get_close_matches(str(value), known, n=1, cutoff=0) or known
+                raise ValueError(f"{name}={value!r}: did you mean {near[0]!r}? ({', '.join(known)})")
+        ranges = {
+            "at least 1": ("epochs", "batch_size", "step_epochs"),
+            "at least 0": ("weight_decay", "patience", "clean_epochs", "clip"),
+            "above 0": ("lr", "gamma"),
+            "in 0..1, below 1": ("momentum", "ema", "label_smoothing", "warmup"),
+        }
+        tests = (lambda v: v >= 1, lambda v: v >= 0, lambda v: v > 0, lambda v: 0 <= v < 1)
+        for (words, names), holds in zip(ranges.items(), tests, strict=True):
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"{name}={getattr(self, name)}: must be {words}")
+        if self.loss is not None and self.label_smoothing:
+            raise ValueError("label_smoothing belongs to cross-entropy: leave it 0 with a loss")
+        if self.nesterov and not self.momentum and self.optimizer == "sgd":
+            raise ValueError("nesterov=True needs momentum above 0: set nesterov=False for plain SGD")
+        if self.target is not None and not 0 < self.target <= 1:
+            raise ValueError(f"target={self.target}: an accuracy in 0..1, such as 0.99")
+
+    def describe(self) -> dict[str, Any]:
+        """The fields as plain values that JSON can hold; a loss by its name."""
+        described = dataclasses.asdict(self)
+        if self.loss is not None:
+            described["loss"] = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
+        return described
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a training run gave.
+
+    Attributes:
+        model: the trained model (the weight average where the recipe has one), in eval mode.
+        recipe, seed: what made it.
+        history: a dict an epoch: epoch, lr, train_loss, val_loss, val_accuracy, seconds,
+            images_per_second (of training alone).
+        device, threads: where it ran.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    seed: int
+    history: list[dict[str, float]] = field(repr=False)
+    device: str
+    threads: int
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, without validation."""
+        return sum(row["seconds"] for row in self.history)
+
+    @property
+    def images_per_second(self) -> float:
+        """Training images a second, over the whole run."""
+        return (
+            sum(row["seconds"] * row["images_per_second"] for row in self.history) / self.seconds
+        )
+
+    def __str__(self) -> str:
+        last = self.history[-1]
+        return (
+            f"{last['epoch']} epochs, {self.seconds:.1f} s on {self.device}, seed {self.seed}: "
+            f"training loss {last['train_loss']:.4f}, "
+            f"validation accuracy {100 * last['val_accuracy']:.2f}%"
+        )
+
+
+def pick_device(device: torch.device | str | None = None) -> torch.device:
+    """The device asked for, or else the best there is: CUDA, then MPS, then the CPU.
+
+    Raises:
+        ValueError: the device asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device is None:
+        return torch.device(next((name for name, has in there.items() if has()), "cpu"))
+    device = torch.device(device)
+    if not there.get(device.type, lambda: True)():
+        raise ValueError(f"device={device.type!r} is not available here; leave device out")
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 itself, rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    split: Split,
+    *,
+    view: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 1000,
+) -> Tensor:
+    """Logits of a model in eval mode, float32 [N, num_classes], on the model's device.
+
+    The model is left in the mode it was in.
+
+    Args:
+        view: changes the pixels first, float [B, C, H, W] in 0..1 to the same.
+    """
+    augment = None if view is None else lambda pixels, _: view(pixels)
+    split = split.to(_device(model))
+    was_training = model.training
+    model.eval()
+    logits = [model(images).float() for images, _ in batches(split, batch_size, augment=augment)]
+    model.train(was_training)
+    return torch.cat(logits)
+
+
+def fit(
+    model: nn.Module | str,
+    data: Dataset | str,
+    recipe: Recipe | None = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> Run:
+    """Train a model, in place, and return the Run.
+
+    Same seed, machine and number of threads: same weights, bit for bit. The caller's random
+    state is left as it was. The test split is never looked at.
+
+    Args:
+        model: a module that maps [B, C, H, W] to logits, or the name of a preset, which is then
+            built under the seed.
+        data: a Dataset, or its name.
+        recipe: default `Recipe()`.
+        seed: of the order of images, augmentation and dropout.
+        device: default the best there is.
+        checkpoint: file written after each epoch. If it is there, training goes on from it and
+            ends with the same weights as if it had never stopped.
+        progress: show a bar with loss, validation accuracy and images a second.
+
+    Raises:
+        ValueError: data, recipe, device or checkpoint do not fit together; nothing was trained.
+        FloatingPointError: the loss is no longer finite.
+    """
+    recipe = recipe or Recipe()
+    data = load(data) if isinstance(data, str) else data
+    device = pick_device(device)
+    if recipe.precision == "bf16" and not has_bf16(device):
+        raise ValueError(f"precision='bf16': this {device.type} has no such arithmetic; use 'fp32'")
+
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.backends.cudnn.flags(enabled=True, deterministic=True),
+    ):
+        torch.manual_seed(seed)
+        model = (build(model) if isinstance(model, str) else model).to(device)
+        _check(model, data)
+        loop = _Loop(model, data, recipe, seed, device)
+        history = loop.resume(checkpoint)
+        bar = tqdm(
+            total=recipe.epochs * loop.steps,
+            initial=len(history) * loop.steps,
+            unit="batch",
+            leave=False,
+            **({} if progress else {"disable": True}),
+        )
+        while len(history) < recipe.epochs and not loop.reached_target(history):
+            history.append(loop.epoch(len(history) + 1, bar))
+            loop.save(checkpoint, history)
+        bar.close()
+    return Run(loop.reported.eval(), recipe, seed, history, device.type, torch.get_num_threads())
+
+
+class _Loop:
+    """The moving parts of one run."""
+
+    def __init__(
+        self, model: nn.Module, data: Dataset, recipe: Recipe, seed: int, device: torch.device
+    ):
+        self.model, self.recipe, self.seed, self.device = model, recipe, seed, device
+        self.train, self.val = data.train.to(device), data.val.to(device)
+        self.batch_size = min(recipe.batch_size, len(self.train))
+        self.steps = len(self.train) // self.batch_size
+        self.optimizer = _optimizer(model, recipe)
+        self.schedule = _schedule(self.optimizer, recipe, self.steps)
+        self.loss = recipe.loss or nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+        self.parts = {"model": model, "optimizer": self.optimizer, "schedule": self.schedule}
+        self.reported = model
+        if recipe.ema:
+            ema = get_ema_multi_avg_fn(recipe.ema)
+            self.average = AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
+            self.parts["average"], self.reported = self.average, self.average.module
+        self.net = torch.compile(model) if recipe.compile else model
+        # What must agree for a checkpoint to be of the same run.
+        self.identity = recipe.describe() | {"seed": seed, "images": len(self.train)}
+
+    def autocast(self):
+        enabled = self.recipe.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
+        """Train for one epoch, then validate; returns the row of the history."""
+        recipe = self.recipe
+        # Each epoch draws from states of its own, so that a resumed run needs none stored.
+        draws = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + epoch)
+        torch.manual_seed(self.seed * 1_000_003 + epoch)
+        clean = epoch > recipe.epochs - recipe.clean_epochs
+        stream = batches(
+            self.train,
+            self.batch_size,
+            shuffle=draws,
+            augment=None if clean or not recipe.augment else recipe.augment,
+            drop_last=True,
+        )
+        lr, total, started = self.optimizer.param_groups[0]["lr"], 0.0, time.perf_counter()
+        self.model.train()
+        for step, (images, labels) in enumerate(stream, start=1):
+            with self.autocast():
+                loss = self.loss(self.net(images), labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            if recipe.clip:
+                nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+            self.optimizer.step()
+            if recipe.schedule != "plateau":
+                self.schedule.step()
+            if recipe.ema:
+                self.average.update_parameters(self.model)
+            total = total + loss.detach()
+            if step % LOOK_EVERY == 0 or step == self.steps:
+                self.look(total.item() / step, epoch, step, started, bar)
+            bar.update()
+        seconds = time.perf_counter() - started
+        with self.autocast():
+            logits = predict(self.reported, self.val)
+        val_loss = F.cross_entropy(logits, self.val.labels).item()
+        if recipe.schedule == "plateau":
+            self.schedule.step(val_loss)
+        self.val_accuracy = (logits.argmax(1) == self.val.labels).double().mean().item()
+        return {
+            "epoch": epoch,
+            "lr": lr,
+            "train_loss": total.item() / self.steps,
+            "val_loss": val_loss,
+            "val_accuracy": self.val_accuracy,
+            "seconds": seconds,
+            "images_per_second": self.steps * self.batch_size / seconds,
+        }
+
+    def look(self, loss: float, epoch: int, step: int, started: float, bar: tqdm) -> None:
+        """Stop if the loss is no longer finite; show how it goes."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} in epoch {epoch}, by batch {step}: try a lower learning "
+                f"rate than {self.recipe.lr}, or gradient clipping (clip=1.0)"
+            )
+        rate = step * self.batch_size / (time.perf_counter() - started)
+        val = f"{100 * self.val_accuracy:.2f}%" if epoch > 1 else "after the epoch"
+        bar.set_postfix_str(
+            f"epoch {epoch}, loss {loss:.4f}, val {val}, {rate:,.0f} images/s", refresh=False
+        )
+
+    def reached_target(self, history: list[dict[str, float]]) -> bool:
+        target = self.recipe.target
+        return bool(history) and target is not None and history[-1]["val_accuracy"] >= target
+
+    def resume(self, path: str | Path | None) -> list[dict[str, float]]:
+        """Load a checkpoint, if there is one, and return its history, else []."""
+        if path is None or not Path(path).exists():
+            return []
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+            identity, history = saved["identity"], saved["history"]
+        except Exception as error:  # torch.load raises many kinds for a file that is not its own
+            raise ValueError(f"{path} is not a checkpoint of fit(); remove it") from error
+        differs = [key for key, value in self.identity.items() if identity.get(key) != value]
+        if differs:
+            raise ValueError(
+                f"{path} belongs to a run with another {', '.join(differs)}; "
+                "remove it, or give another checkpoint"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.val_accuracy = history[-1]["val_accuracy"]
+        return history
+
+    def save(self, path: str | Path | None, history: list[dict[str, float]]) -> None:
+        if path is None:
+            return
+        saved = {name: part.state_dict() for name, part in self.parts.items()}
+        buffer = io.BytesIO()
+        torch.save(saved | {"identity": self.identity, "history": history}, buffer)
+        write_atomically(Path(path), buffer.getvalue())
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _check(model: nn.Module, data: Dataset) -> None:
+    """Try two images through the model and hold labels to its outputs, before any training."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("the model has no trainable parameters")
+    for name in ("train", "val"):
+        if len(getattr(data, name)) == 0:
+            raise ValueError(f"the {name} split of {data.name!r} is empty")
+    shape = list(data.train.images.shape[1:])
+    try:
+        logits = predict(model, data.train[:2])
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the model does not take images of shape {shape}: {reason}") from error
+    if logits.ndim != 2:
+        raise ValueError(f"the model must give [N, num_classes], not {list(logits.shape)}")
+    for name in ("train", "val"):
+        labels = getattr(data, name).labels
+        if labels.min() < 0 or labels.max() >= logits.shape[1]:
+            raise ValueError(
+                f"the {name} labels run from {labels.min()} to {labels.max()}, but the model "
+                f"has {logits.shape[1]} outputs, for labels 0 to {logits.shape[1] - 1}"
+            )
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    match recipe.optimizer:
+        case "sgd":
+            nesterov = recipe.nesterov
+            return torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=nesterov)
+        case "rmsprop":
+            return torch.optim.RMSprop(groups, recipe.lr)
+        case "adam":
+            return torch.optim.Adam(groups, recipe.lr, recipe.betas)
+        case "adamw":
+            return torch.optim.AdamW(groups, recipe.lr, recipe.betas)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int):
+    """A scheduler that is stepped after every batch; "plateau" alone after every epoch."""
+    total = recipe.epochs * steps
+    match recipe.schedule:
+        case "onecycle":
+            # Momentum stays as the recipe says. Torch divides by zero if warm-up is one step.
+            return lr_scheduler.OneCycleLR(
+                optimizer,
+                recipe.lr,
+                total_steps=total,
+                pct_start=recipe.warmup if recipe.warmup * total > 1 else 0.0,
+                cycle_momentum=False,
+            )
+        case "cosine":
+            warmup = int(recipe.warmup * total)
+
+            def factor(step: int) -> float:
+                if step < warmup:
+                    return (step + 1) / warmup
+                return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+            return lr_scheduler.LambdaLR(optimizer, factor)
+        case "step":
+            return lr_scheduler.StepLR(optimizer, recipe.step_epochs * steps, recipe.gamma)
+        case "plateau":
+            return lr_scheduler.ReduceLROnPlateau(
+                optimizer, factor=recipe.gamma, patience=recipe.patience
+            )
+        case "constant":
+            return lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a reader, or a kill, never meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
