@@ -13,7 +13,7 @@ from importlib.metadata import version
 from . import _torchvision  # noqa: F401  before anything imports torchvision
 from . import data, models, train  # noqa: F401
 from .data import Augment, DataError, Dataset, Split, load, rotations
-from .evaluate import Comparison, Report, compare, evaluate, wilson
+from .evaluate import Comparison, Report, Summary, compare, evaluate, wilson
 from .models import build
 from .train import Recipe, Run, fit, predict
 
@@ -26,6 +26,7 @@ __all__ = [
     "Report",
     "Run",
     "Split",
+    "Summary",
     "build",
     "compare",
     "evaluate",

@@ -1,5 +1,7 @@
 """What a model gets right, how sure that figure is, and whether two models differ."""
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -175,3 +177,43 @@ def compare(a: Report, b: Report) -> Comparison:
     only_a, only_b = int((a.right & ~b.right).sum()), int((~a.right & b.right).sum())
     p_value = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     return Comparison(only_a, only_b, float(p_value))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Accuracies of the same recipe under several seeds, as fractions.
+
+    Raises:
+        ValueError: there are none.
+    """
+
+    values: tuple[float, ...]
+
+    def __post_init__(self):
+        if not self.values:
+            raise ValueError("nothing to summarise")
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation over the seeds (n - 1 below the line); nan for one seed."""
+        return statistics.stdev(self.values) if self.n > 1 else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the mean over seeds (Student's t): the seeds' scatter alone, on these
+        test images; nan for one seed."""
+        from scipy.stats import t
+
+        half = t.ppf(0.975, self.n - 1) * self.sd / math.sqrt(self.n) if self.n > 1 else math.nan
+        return self.mean - half, self.mean + half
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.2f} ± {100 * self.sd:.2f}% (n = {self.n})"
