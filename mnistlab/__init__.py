@@ -1,17 +1,16 @@
 """MNIST Lab: small models, one training loop, honest numbers.
 
-    import mnistlab as ml                 # before torchvision: see _torchvision.py
+import mnistlab as ml                 # before torchvision: see _torchvision.py
 
-    data = ml.load("mnist")
-    run = ml.fit(ml.build("cnn-8k"), data, ml.Recipe(epochs=1), seed=0)
-    print(ml.evaluate(run.model, data.val))
+data = ml.load("mnist")
+run = ml.fit(ml.build("cnn-8k"), data, ml.Recipe(epochs=1), seed=0)
+print(ml.evaluate(run.model, data.val))
 """
 
 import importlib
 from importlib.metadata import version
 
-from . import _torchvision  # noqa: F401  before anything imports torchvision
-from . import data, models, train  # noqa: F401
+from . import _torchvision, data, models, train  # noqa: F401  the first before torchvision
 from .data import Augment, DataError, Dataset, Split, load, rotations
 from .evaluate import Comparison, Report, Summary, compare, evaluate, wilson
 from .models import build

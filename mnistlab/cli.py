@@ -28,6 +28,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print rows for a person, or as JSON for a program."""
     print(json.dumps(rows, indent=2) if as_json else table(rows))
 
 

@@ -171,8 +171,10 @@ SOURCES = {
         "FashionMNIST",
         (0.2860,),
         (0.3530,),
-        ("T-shirt", "trouser", "pullover", "dress", "coat")
-        + ("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        (
+            *("T-shirt", "trouser", "pullover", "dress", "coat"),
+            *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        ),
     ),
     "kmnist": Source(
         "KMNIST", (0.1918,), (0.3483,), ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
@@ -257,9 +259,13 @@ def _read_cifar(name: str, root: Path, download: bool) -> tuple[list[Tensor], tu
     where = next((p for p in (root / name, root) if (p / known.base_folder).is_dir()), root / name)
     if not (where / known.base_folder).is_dir():
         archive = where / known.filename
-        _download(name, [known.url], archive, known.tgz_md5, download)
+        if archive.is_file():
+            check_md5(archive, known.tgz_md5)
+        else:
+            _download(name, [known.url], archive, known.tgz_md5, download)
         torchvision.datasets.utils.extract_archive(archive, where)
-    for file, md5 in known.train_list + known.test_list + [(known.meta["filename"], known.meta["md5"])]:
+    meta = (known.meta["filename"], known.meta["md5"])
+    for file, md5 in [*known.train_list, *known.test_list, meta]:
         path = where / known.base_folder / file
         if not path.is_file():
             raise DataError(f"{name}: {path} is missing; put it there, or delete its folder")
@@ -313,16 +319,20 @@ def batches(
     Yields:
         Normalised images, float32 [B, C, H, W], and labels, int64 [B].
     """
-    n = len(split)
+    n, device = len(split), split.labels.device
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (split.mean, split.std))
     if shuffle is not None:
-        order = torch.randperm(n, generator=shuffle, device=shuffle.device).to(split.labels.device)
+        order = torch.randperm(n, generator=shuffle, device=shuffle.device).to(device)
     for start in range(0, n - batch_size + 1 if drop_last else n, batch_size):
-        index = slice(start, start + batch_size)
-        index = index if shuffle is None else order[index]
-        pixels = split.images[index].float() / 255
-        if augment is not None:
-            pixels = augment(pixels, shuffle)
-        yield split.normalise(pixels), split.labels[index]
+        stop = start + batch_size
+        if shuffle is None:
+            images, labels = split.images[start:stop], split.labels[start:stop]
+        else:  # index_select: many times quicker than images[index]
+            index = order[start:stop]
+            images, labels = split.images.index_select(0, index), split.labels[index]
+        pixels = images.float().div_(255)
+        pixels = pixels.sub_(mean) if augment is None else augment(pixels, shuffle) - mean
+        yield pixels.div_(std), labels
 
 
 def warp(

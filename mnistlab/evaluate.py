@@ -139,7 +139,7 @@ def evaluate(
         log_probs = predict(model, split, batch_size=batch_size).log_softmax(1)
     else:
         logits = torch.stack([predict(model, split, view=v, batch_size=batch_size) for v in tta])
-        log_probs = logits.softmax(2).mean(0).log()
+        log_probs = logits.log_softmax(2).logsumexp(0) - math.log(len(logits))
     return Report(log_probs.cpu(), split.labels.cpu())
 
 

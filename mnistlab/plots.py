@@ -5,6 +5,7 @@ apart by colour-blind readers; all of it legible on a light and on a dark page.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ import torch
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor, nn
 
 from .data import Split
@@ -42,6 +44,7 @@ def style() -> None:
             "figure.dpi": 110,
             "figure.constrained_layout.use": True,
             "image.cmap": "gray",
+            "image.interpolation": "nearest",  # crisp pixels, and small files
         }
         | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor"), INK)
         | dict.fromkeys(("xtick.color", "ytick.color", "grid.color", "legend.labelcolor"), INK)
@@ -63,7 +66,12 @@ def digits(
         images: [N, C, H, W] or [N, H, W], uint8 or float; C is 1 or 3.
         titles: N of them.
         limit: colours run from -limit to limit; else over the values of all images together.
+
+    Raises:
+        ValueError: there are no images.
     """
+    if len(images) == 0:
+        raise ValueError("there are no images to show")
     images = images.detach().cpu().float()
     if images.ndim == 4:
         images = images.permute(0, 2, 3, 1).squeeze(-1)  # [N, H, W] or [N, H, W, 3]
@@ -75,11 +83,11 @@ def digits(
         size = max(0.45, 6.5 / columns)
         height = size * rows * (h + gap + head) / (w + gap)
         _, ax = plt.subplots(figsize=(size * columns, height))
-    low, high = (-limit, limit) if limit else (images.min(), images.max())
-    for i, image in enumerate(images):
+    low, high = (-limit, limit) if limit else (images.min().item(), images.max().item())
+    for i, image in enumerate(images.numpy()):
         x, y = (i % columns) * (w + gap), (i // columns) * (h + gap + head) + head
         if image.ndim == 3:
-            image = image / high
+            image = image / (high or 1)
         ax.imshow(image, cmap=cmap, vmin=low, vmax=high, extent=(x, x + w, y + h, y))
         if titles is not None:
             ax.text(x + w / 2, y - 1, str(titles[i]), ha="center", va="bottom", fontsize=8)
@@ -92,10 +100,9 @@ def curves(runs: Run | Sequence[Run] | Mapping[str, Run], *, ax: Axes | None = N
     """Loss against epochs: training dashed, validation solid, a colour for each run."""
     if isinstance(runs, Run):
         runs = [runs]
-    if not isinstance(runs, Mapping):
-        runs = {f"seed {run.seed}": run for run in runs}
+    named = runs.items() if isinstance(runs, Mapping) else [(f"seed {r.seed}", r) for r in runs]
     ax = ax or plt.subplots(figsize=(5, 3))[1]
-    for (name, run), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
+    for (name, run), colour in zip(named, cycle(COLOURS), strict=False):
         epochs = [row["epoch"] for row in run.history]
         for key, line, label in (("train_loss", "--", None), ("val_loss", "-", name)):
             values = [row[key] for row in run.history]
@@ -118,7 +125,7 @@ def confusion(
     top = max(1, wrong.max())
     for row, column in np.ndindex(k, k):
         if counts[row, column] and k <= 20:
-            dark = row != column and wrong[row, column] < 0.6 * top
+            dark = row != column and wrong[row, column] < 0.465 * top
             colour = INK if row == column else "white" if dark else "black"
             ax.text(
                 column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=7
@@ -130,14 +137,16 @@ def confusion(
     return ax
 
 
-def mistakes(report: Report, split: Split, *, n: int = 20, ax: Axes | None = None) -> Axes:
+def mistakes(
+    report: Report, split: Split, *, n: int = 20, columns: int = 8, ax: Axes | None = None
+) -> Axes:
     """The most confident mistakes: label, arrow, prediction, confidence."""
     index = report.mistakes[:n]
     titles = [
         f"{report.labels[i]}→{report.predictions[i]} {100 * report.confidence[i]:.0f}%"
         for i in index
     ]
-    return digits(split.images[index.to(split.images.device)], titles, ax=ax)
+    return digits(split.images[index.to(split.images.device)], titles, columns=columns, ax=ax)
 
 
 def filters(weight: Tensor, *, columns: int = 8, ax: Axes | None = None) -> Axes:
@@ -178,21 +187,33 @@ def frontier(rows: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Ax
         rows: each with `name`, `family`, `params`, `mean` and `interval` (low, high); accuracies
             are fractions.
     """
-    ax = ax or plt.subplots(figsize=(6, 3.8))[1]
-    for family, colour in zip(dict.fromkeys(r["family"] for r in rows), COLOURS, strict=False):
+    ax = ax or plt.subplots(figsize=(6.4, 3.8))[1]
+    families = dict.fromkeys(r["family"] for r in rows)
+    for family, colour in zip(families, cycle(COLOURS), strict=False):
         own = sorted((r for r in rows if r["family"] == family), key=lambda r: r["params"])
         mean = 100 * np.array([r["mean"] for r in own])
         low, high = 100 * np.array([r["interval"] for r in own]).T
         params = [r["params"] for r in own]
+        ax.plot(params, mean, color=colour, alpha=0.5, linewidth=1.2)
         ax.errorbar(
-            params, mean, (mean - low, high - mean), fmt="o-", capsize=3, color=colour, label=family
+            params, mean, (mean - low, high - mean), fmt="o", capsize=4, color=colour, label=family
         )
-        for row, y in zip(own, mean, strict=True):
+        for row, y in zip(own, mean, strict=True):  # its name beside it, away from the line
+            left = row is not own[-1]
             ax.annotate(
-                row["name"], (row["params"], y), (4, -11), textcoords="offset points", fontsize=8
+                row["name"],
+                (row["params"], y),
+                (-8 if left else 8, 0),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="center",
+                fontsize=9,
             )
     ax.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy, %")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(True, axis="y")
-    ax.margins(x=0.15)
-    ax.legend()
+    ax.margins(x=0.3, y=0.08)  # room for the names
+    ax.legend(loc="lower right")
     return ax

@@ -5,7 +5,6 @@ import difflib
 import io
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,13 +62,14 @@ class Recipe:
     clip: float = 0.0  # largest norm of the gradient; 0 is off
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, where the processor has it
     compile: bool = False  # run the model through torch.compile
+    channels_last: bool = False  # memory layout of convolutions: faster for most, not for all
     target: float | None = None  # stop once validation accuracy, 0..1, reaches this
 
     def __post_init__(self):
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
-                near = difflib.get_close_matches(str(value), known, n=1, cutoff=0) or known
-                raise ValueError(f"{name}={value!r}: did you mean {near[0]!r}? ({', '.join(known)})")
+                near = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0)[0]
+                raise ValueError(f"{name}={value!r}: did you mean {near!r}? ({', '.join(known)})")
         ranges = {
             "at least 1": ("epochs", "batch_size", "step_epochs"),
             "at least 0": ("weight_decay", "patience", "clean_epochs", "clip"),
@@ -81,10 +81,12 @@ class Recipe:
             for name in names:
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name}={getattr(self, name)}: must be {words}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}: must be in 0..1, below 1")
         if self.loss is not None and self.label_smoothing:
             raise ValueError("label_smoothing belongs to cross-entropy: leave it 0 with a loss")
         if self.nesterov and not self.momentum and self.optimizer == "sgd":
-            raise ValueError("nesterov=True needs momentum above 0: set nesterov=False for plain SGD")
+            raise ValueError("nesterov=True needs momentum above 0; plain SGD has nesterov=False")
         if self.target is not None and not 0 < self.target <= 1:
             raise ValueError(f"target={self.target}: an accuracy in 0..1, such as 0.99")
 
@@ -123,9 +125,7 @@ class Run:
     @property
     def images_per_second(self) -> float:
         """Training images a second, over the whole run."""
-        return (
-            sum(row["seconds"] * row["images_per_second"] for row in self.history) / self.seconds
-        )
+        return sum(row["seconds"] * row["images_per_second"] for row in self.history) / self.seconds
 
     def __str__(self) -> str:
         last = self.history[-1]
@@ -145,7 +145,10 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device is None:
         return torch.device(next((name for name, has in there.items() if has()), "cpu"))
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from error
     if not there.get(device.type, lambda: True)():
         raise ValueError(f"device={device.type!r} is not available here; leave device out")
     return device
@@ -227,17 +230,16 @@ def fit(
         _check(model, data)
         loop = _Loop(model, data, recipe, seed, device)
         history = loop.resume(checkpoint)
-        bar = tqdm(
+        with tqdm(
             total=recipe.epochs * loop.steps,
             initial=len(history) * loop.steps,
             unit="batch",
             leave=False,
-            **({} if progress else {"disable": True}),
-        )
-        while len(history) < recipe.epochs and not loop.reached_target(history):
-            history.append(loop.epoch(len(history) + 1, bar))
-            loop.save(checkpoint, history)
-        bar.close()
+            disable=not progress or bool(os.environ.get("TQDM_DISABLE")),  # notebooks ignore it
+        ) as bar:
+            while len(history) < recipe.epochs and not loop.reached_target(history):
+                history.append(loop.epoch(len(history) + 1, bar))
+                loop.save(checkpoint, history)
     return Run(loop.reported.eval(), recipe, seed, history, device.type, torch.get_num_threads())
 
 
@@ -251,6 +253,8 @@ class _Loop:
         self.train, self.val = data.train.to(device), data.val.to(device)
         self.batch_size = min(recipe.batch_size, len(self.train))
         self.steps = len(self.train) // self.batch_size
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)
         self.optimizer = _optimizer(model, recipe)
         self.schedule = _schedule(self.optimizer, recipe, self.steps)
         self.loss = recipe.loss or nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
@@ -262,7 +266,12 @@ class _Loop:
             self.parts["average"], self.reported = self.average, self.average.module
         self.net = torch.compile(model) if recipe.compile else model
         # What must agree for a checkpoint to be of the same run.
-        self.identity = recipe.describe() | {"seed": seed, "images": len(self.train)}
+        self.identity = recipe.describe() | {
+            "model": [list(value.shape) for value in model.state_dict().values()],
+            "data": data.name,
+            "images": len(self.train),
+            "seed": seed,
+        }
 
     def autocast(self):
         enabled = self.recipe.precision == "bf16"
@@ -372,18 +381,22 @@ def _check(model: nn.Module, data: Dataset) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameters")
     for name in ("train", "val"):
-        if len(getattr(data, name)) == 0:
+        split = getattr(data, name)
+        if len(split) == 0:
             raise ValueError(f"the {name} split of {data.name!r} is empty")
-    shape = list(data.train.images.shape[1:])
-    try:
-        logits = predict(model, data.train[:2])
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the model does not take images of shape {shape}: {reason}") from error
-    if logits.ndim != 2:
-        raise ValueError(f"the model must give [N, num_classes], not {list(logits.shape)}")
-    for name in ("train", "val"):
-        labels = getattr(data, name).labels
+        few, shape = split[:2], list(split.images.shape[1:])
+        try:
+            logits = predict(model, few)
+        except (AttributeError, RuntimeError, ValueError) as error:  # Attribute: not a tensor
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"the model does not take images of shape {shape}: {reason}"
+            ) from error
+        if logits.ndim != 2 or len(logits) != len(few):
+            raise ValueError(
+                f"the model must give [N, num_classes], not {list(logits.shape)} for N={len(few)}"
+            )
+        labels = split.labels
         if labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise ValueError(
                 f"the {name} labels run from {labels.min()} to {labels.max()}, but the model "
@@ -401,13 +414,15 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     match recipe.optimizer:
         case "sgd":
             nesterov = recipe.nesterov
-            return torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=nesterov)
+            return torch.optim.SGD(
+                groups, recipe.lr, recipe.momentum, nesterov=nesterov, fused=True
+            )
         case "rmsprop":
             return torch.optim.RMSprop(groups, recipe.lr)
         case "adam":
-            return torch.optim.Adam(groups, recipe.lr, recipe.betas)
+            return torch.optim.Adam(groups, recipe.lr, recipe.betas, fused=True)
         case "adamw":
-            return torch.optim.AdamW(groups, recipe.lr, recipe.betas)
+            return torch.optim.AdamW(groups, recipe.lr, recipe.betas, fused=True)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int):
@@ -419,7 +434,7 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int):
             return lr_scheduler.OneCycleLR(
                 optimizer,
                 recipe.lr,
-                total_steps=total,
+                total_steps=max(total, 2),  # of a single step, the rate would be 0
                 pct_start=recipe.warmup if recipe.warmup * total > 1 else 0.0,
                 cycle_momentum=False,
             )
@@ -445,8 +460,12 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int):
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: a reader, or a kill, never meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -10,10 +10,20 @@ from typing import Any
 
 from torch import nn
 
-from .cnn import CNN, SimpleCNN
+from .cnn import CNN, FastCNN, SimpleCNN
 from .dense import Dense
 
-__all__ = ["CNN", "PRESETS", "Dense", "SimpleCNN", "build", "catalogue", "count_parameters"]
+__all__ = [
+    "CNN",
+    "PRESETS",
+    "Dense",
+    "FastCNN",
+    "SimpleCNN",
+    "build",
+    "catalogue",
+    "count_macs",
+    "count_parameters",
+]
 
 TEMPLATE = "Lightning-Hydra template"
 
@@ -31,9 +41,7 @@ PRESETS = {
     "linear-8k": Preset(Dense, "softmax regression; LeCun et al. 1998", {"hidden": ()}),
     "dense-8k": Preset(Dense, f"SimpleDenseNet, {TEMPLATE}", {"hidden": (10, 20, 10)}),
     "dense-68k": Preset(Dense, f"SimpleDenseNet, {TEMPLATE}", {"hidden": (64, 128, 64)}),
-    "simplecnn-8k": Preset(
-        SimpleCNN, f"SimpleCNN, {TEMPLATE}", {"channels": (3, 6), "hidden": 24}
-    ),
+    "simplecnn-8k": Preset(SimpleCNN, f"SimpleCNN, {TEMPLATE}", {"channels": (3, 6), "hidden": 24}),
     "simplecnn-65k": Preset(
         SimpleCNN, f"SimpleCNN, {TEMPLATE}", {"channels": (10, 20), "hidden": 64}
     ),
@@ -42,6 +50,7 @@ PRESETS = {
     ),
     "cnn-8k": Preset(CNN, "global average pooling; Lin et al. 2013", {"widths": (12, 20, 16, 16)}),
     "cnn-68k": Preset(CNN, "global average pooling; Lin et al. 2013", {"widths": (32, 48, 56, 56)}),
+    "fastcnn-106k": Preset(FastCNN, "ours, for speed", {"channels": (16, 32), "hidden": 64}),
 }
 
 
