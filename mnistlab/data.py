@@ -330,9 +330,10 @@ def batches(
         else:  # index_select: many times quicker than images[index]
             index = order[start:stop]
             images, labels = split.images.index_select(0, index), split.labels[index]
-        pixels = images.float().div_(255)
-        pixels = pixels.sub_(mean) if augment is None else augment(pixels, shuffle) - mean
-        yield pixels.div_(std), labels
+        if augment is None:  # in place, and scaled to 0..1 on the way: it is the commonest case
+            yield images.float().sub_(255 * mean).div_(255 * std), labels
+        else:
+            yield (augment(images.float().div_(255), shuffle) - mean).div_(std), labels
 
 
 def warp(

@@ -131,10 +131,12 @@ def evaluate(
             `rotations(-3, 0, 3)`. The probabilities of all views are averaged.
 
     Raises:
-        ValueError: the split is empty.
+        ValueError: the split, or tta, is empty.
     """
     if len(split) == 0:
         raise ValueError("the split to evaluate is empty")
+    if tta is not None and len(tta) == 0:
+        raise ValueError("tta is empty: leave it out, or give at least one view")
     if tta is None:
         log_probs = predict(model, split, batch_size=batch_size).log_softmax(1)
     else:

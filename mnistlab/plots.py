@@ -1,7 +1,7 @@
 """Figures. Each function draws on an Axes (a new one by default) and returns it.
 
-Call `style()` once: transparent background, grey text, and Okabe and Ito's colours, which are told
-apart by colour-blind readers; all of it legible on a light and on a dark page.
+Call `style()` once: transparent background, grey text, and colours that colour-blind readers
+can tell apart; all of it legible on a light and on a dark page.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,9 @@ from .data import Split
 from .evaluate import Report
 from .train import Run
 
-# Okabe & Ito (2008), those that stand out from white and from black.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Four of Okabe & Ito (2008) and two violets: each stands out from a light and a dark page (3:1),
+# and colour-blind readers can tell any two apart. Tests compute both.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A2BE2", "#9772FE")
 INK = "#7f7f7f"  # grey: 4:1 against a white page, 5:1 against a black one
 # Zero is grey; away from it, blue and vermilion, as bright on light as on dark.
 DIVERGING = LinearSegmentedColormap.from_list("mnistlab", ["#0072B2", "#dcdcdc", "#D55E00"])

@@ -1,5 +1,6 @@
 """The one training loop: a frozen Recipe goes in, a Run comes out."""
 
+import contextlib
 import dataclasses
 import difflib
 import io
@@ -129,8 +130,9 @@ class Run:
 
     def __str__(self) -> str:
         last = self.history[-1]
+        epochs = "1 epoch" if last["epoch"] == 1 else f"{last['epoch']} epochs"
         return (
-            f"{last['epoch']} epochs, {self.seconds:.1f} s on {self.device}, seed {self.seed}: "
+            f"{epochs}, {self.seconds:.1f} s on {self.device}, seed {self.seed}: "
             f"training loss {last['train_loss']:.4f}, "
             f"validation accuracy {100 * last['val_accuracy']:.2f}%"
         )
@@ -158,7 +160,10 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the processor multiplies bfloat16 itself, rather than emulating it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older torch
+        return False
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("bf16"))  # x86, ARM
 
 
 @torch.no_grad()
@@ -274,8 +279,9 @@ class _Loop:
         }
 
     def autocast(self):
-        enabled = self.recipe.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        if self.recipe.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
         """Train for one epoch, then validate; returns the row of the history."""

@@ -25,7 +25,7 @@ __all__ = [
     "count_parameters",
 ]
 
-TEMPLATE = "Lightning-Hydra template"
+TEMPLATE = "Lightning-Hydra-Template-Extended"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .layers import Layers
+
 
 def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1):
     """Convolution that keeps the size (before stride), batch normalisation, ReLU.
@@ -16,12 +18,13 @@ def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
-class SimpleCNN(nn.Sequential):
-    """The seeds' SimpleCNN: two convolutions, then most of the parameters in one linear layer.
+class SimpleCNN(Layers):
+    """Two convolutions, then most of the parameters in one linear layer.
 
-    Input [N, C, H, W], output logits [N, num_classes]. Channels and hidden units of (3, 6), 24
-    give 7,546 parameters and (10, 20), 64 give 65,414, as the seeds' text says. For (32, 64), 128
-    it says 421,482; the layers it lists, with biases as in the two smaller nets, have 421,834.
+    SimpleCNN of the Lightning-Hydra-Template-Extended, layer by layer. Channels and hidden units
+    of (3, 6), 24 give 7,546 parameters and (10, 20), 64 give 65,414, as its notes say. For
+    (32, 64), 128 they say 421,482; the layers they list, with biases as in the two smaller nets,
+    have 421,834. Input [N, C, H, W], output logits [N, num_classes].
 
     Args:
         channels: of the two 3x3 convolutions.
@@ -57,7 +60,7 @@ class SimpleCNN(nn.Sequential):
         )
 
 
-class CNN(nn.Sequential):
+class CNN(Layers):
     """A strided 5x5 stem, 3x3 convolutions, global average pooling (Lin et al. 2013), linear head.
 
     Input [N, C, H, W], output logits [N, num_classes]. The stem's stride of 2 leaves a quarter of
@@ -97,7 +100,7 @@ class CNN(nn.Sequential):
         )
 
 
-class FastCNN(nn.Sequential):
+class FastCNN(Layers):
     """Few operations for its accuracy: the stem's stride and a pooling leave 7x7 positions at once.
 
     Input [N, C, H, W], output logits [N, num_classes].

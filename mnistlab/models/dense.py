@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .layers import Layers
 
-class Dense(nn.Sequential):
+
+class Dense(Layers):
     """Flatten, then [Linear, BatchNorm, ReLU] for each hidden width, then a linear head.
 
-    With three hidden layers this is SimpleDenseNet of the Lightning-Hydra template.
-    Input [N, C, H, W], output logits [N, num_classes].
+    With three hidden layers this is SimpleDenseNet of the Lightning-Hydra template: widths of 10,
+    20, 10 give its 8,470 parameters. For 64, 128, 64 the extended template says 68,048; the layers
+    it lists have 67,978. Input [N, C, H, W], output logits [N, num_classes].
 
     Args:
         hidden: widths of the hidden layers; () is a linear model.

@@ -1,0 +1,188 @@
+"""The command line: what it prints, for people and for programs, and how it fails."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import mnistlab as ml
+import pytest
+from mnistlab import cli
+from safetensors.torch import load_file
+
+COMMANDS = ("data", "models", "train", "bench")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("models", "--json"): exit code, and what was written to stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mnistlab", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:  # a string is what Python prints to stderr, with code 1
+            code = stop.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+        return code or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def few(mnist, monkeypatch):
+    """Training sees a few images of MNIST."""
+    small = ml.Dataset("mnist", mnist.train[:512], mnist.val[:200], mnist.test[:100])
+    monkeypatch.setattr(ml.data, "load", lambda name="mnist", root=None: small)
+    return small
+
+
+def test_the_console_script_is_main():
+    (script,) = entry_points(group="console_scripts", name="mnistlab")
+    assert script.load() is cli.main
+
+
+def test_help_lists_the_commands(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    assert all(re.search(rf"\b{name}\b", out) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_has_an_example_of_it(command, name):
+    code, out, _ = command(name, "--help")
+    assert code == 0 and f"Example: mnistlab {name}" in out
+
+
+def test_the_examples_parse():
+    import tyro
+
+    for kind in (cli.Data, cli.Models, cli.Train, cli.Bench):
+        example = re.search(r"Example: mnistlab (.*)", kind.__doc__)[1].split()
+        assert isinstance(tyro.cli(cli.Command, args=example, use_underscores=False), kind)
+
+
+def test_every_field_of_a_recipe_is_an_option(command):
+    from dataclasses import fields
+
+    _, out, _ = command("train", "--help")
+    options = {f.name.replace("_", "-") for f in fields(ml.Recipe)} - {"loss", "augment"}
+    assert {name for name in options if f"--{name}" not in out} == set()
+    assert "--augment.rotate" in out
+
+
+def test_models_lists_the_catalogue(command):
+    _, out, _ = command("models", "--json")
+    assert json.loads(out) == ml.models.catalogue()
+    code, out, _ = command("models")
+    assert code == 0
+    assert re.search(r"^cnn-8k +CNN +7,942 ", out, re.M)
+
+
+def test_data_says_what_is_in_a_data_set(command):
+    code, out, _ = command("data")
+    assert code == 0 and re.search(r"^train +55,000 +1x28x28$", out, re.M)
+    _, out, _ = command("data", "mnist", "--json")
+    assert [row["images"] for row in json.loads(out)] == [55_000, 5_000, 10_000]
+
+
+def test_train_prints_the_run_and_the_validation_report_alone(command, few):
+    code, out, _ = command("train", "--model", "linear-8k", "--epochs", 2, "--seed", 3)
+    assert code == 0
+    run, val = out.splitlines()
+    assert run.startswith("2 epochs, ") and "seed 3" in run
+    assert re.fullmatch(r"val: accuracy .* of 200; .*", val)
+
+
+def test_train_reports_on_test_when_asked(command, few):
+    _, out, _ = command("train", "--model", "linear-8k", "--epochs", 1, "--test")
+    assert re.fullmatch(r"test: accuracy .* of 100; .*", out.splitlines()[-1])
+
+
+def test_train_overrides_any_field_and_prints_json(command, few):
+    options = ["--epochs", 1, "--augment.rotate", 10, "--schedule", "cosine", "--betas", 0.8, 0.9]
+    code, out, _ = command("train", "--model", "linear-8k", *options, "--json")
+    record = json.loads(out)
+    assert code == 0 and record["recipe"]["augment"]["rotate"] == 10
+    assert record["recipe"]["schedule"] == "cosine" and record["recipe"]["betas"] == [0.8, 0.9]
+    assert record["val"]["n"] == 200 and 0 <= record["val"]["correct"] <= 200
+    assert len(record["history"]) == 1 and "test" not in record
+
+
+def test_train_keeps_a_checkpoint_and_goes_on_from_it(command, few, tmp_path):
+    arguments = ["train", "--model", "linear-8k", "--epochs", 1, "--checkpoint", tmp_path / "c"]
+    first, again = (command(*arguments, "--json")[1] for _ in range(2))
+    assert json.loads(first) == json.loads(again)  # the seconds too: nothing ran twice
+
+
+def test_data_that_is_not_to_be_had_is_answered_in_one_line(command, offline, tmp_path):
+    code, out, err = command("data", "kmnist", "--root", tmp_path)
+    assert code == 1 and out == "" and err.count("\n") == 1
+    assert err.startswith("mnistlab: kmnist: train-images-idx3-ubyte.gz is missing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--model", "cnn"], "unknown model 'cnn'; near it: cnn-8k"),
+        (["train", "--epochs", "0"], "epochs=0: must be at least 1"),
+        (["train", "--model", "linear-8k", "--device", "mars"], "mars"),
+        (["train", "--model", "linear-8k", "--lr", "1e30"], "the loss is"),
+        (["train", "--model", "linear-8k", "--checkpoint", "TMP"], "TMP"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(command, few, tmp_path, arguments, said):
+    code, out, err = command(*(a.replace("TMP", str(tmp_path)) for a in arguments))
+    assert code == 1 and out == ""
+    line = err.split("\r")[-1]  # after the progress bar, which wipes itself out
+    assert line.startswith("mnistlab: ") and line.count("\n") == 1
+    assert said.replace("TMP", str(tmp_path)) in line
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trainn"], ["train", "--lr", "high"], ["models", "--jsn"]]
+)
+def test_what_cannot_be_parsed_exits_with_2(command, arguments):
+    code, out, err = command(*arguments)
+    assert code == 2 and out == "" and err
+
+
+def test_an_interrupt_exits_with_130(command, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Models, "run", interrupt)
+    assert command("models")[0] == 130
+
+
+def module(*arguments: object) -> subprocess.CompletedProcess:
+    call = [sys.executable, "-m", "mnistlab", *map(str, arguments)]
+    return subprocess.run(call, capture_output=True, text=True, timeout=120)
+
+
+def test_python_m_mnistlab_trains_and_saves_weights_that_load(tmp_path, mnist):
+    path = tmp_path / "new" / "linear.safetensors"
+    done = module("train", "--model", "linear-8k", "--epochs", 1, "--save", path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    model = ml.build("linear-8k")
+    model.load_state_dict(load_file(path))
+    report, said = ml.evaluate(model, mnist.val), json.loads(done.stdout)["val"]
+    assert said == {"correct": report.correct, "n": 5_000, "loss": pytest.approx(report.loss)}
+    assert report.accuracy > 0.85
+
+
+def test_an_error_shows_no_traceback():
+    done = module("data", "nothing-like-it")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("mnistlab: unknown data set") and done.stderr.count("\n") == 1
+
+
+def test_a_table_puts_numbers_to_the_right_and_words_to_the_left():
+    rows = [{"name": "a", "n": 5}, {"name": "longer", "n": 12_000}]
+    assert cli.table(rows) == "name         n\na            5\nlonger  12,000"
