@@ -3,6 +3,7 @@
 That its cells run and print what is stored is tested by `pytest --nbval notebooks`.
 """
 
+import base64
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -267,3 +268,11 @@ def test_it_leads_to_the_chapter_before_and_to_the_next(chapter):
         assert f"]({FILES[i - 1].name}" in opening
     if i + 1 < len(FILES):
         assert chapter.cells[-1].cell_type == "markdown" and f"]({FILES[i + 1].name}" in end
+
+
+def test_the_home_pages_chart_is_the_figure_stored_in_a_chapter():
+    cells = [cell for path in FILES for cell in nbformat.read(path, 4).cells]
+    tagged = [c for c in cells if "home-chart" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    stored = base64.b64decode(tagged[0].outputs[-1].data["image/png"])
+    assert (ROOT / "book/assets/chart.png").read_bytes() == stored
