@@ -160,8 +160,8 @@ class Comparison:
 
     def __str__(self) -> str:
         return (
-            f"only the first right: {self.only_a}, only the second: {self.only_b}, "
-            f"p = {self.p_value:.3g} (exact McNemar)"
+            f"only first right {self.only_a}, only second {self.only_b}, "
+            f"exact McNemar p = {self.p_value:.2g}"
         )
 
 

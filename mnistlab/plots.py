@@ -195,7 +195,7 @@ def frontier(rows: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Ax
         mean = 100 * np.array([r["mean"] for r in own])
         low, high = 100 * np.array([r["interval"] for r in own]).T
         params = [r["params"] for r in own]
-        ax.plot(params, mean, color=colour, alpha=0.5, linewidth=1.2)
+        ax.plot(params, mean, color=colour, alpha=0.8, linewidth=1.2)
         ax.errorbar(
             params, mean, (mean - low, high - mean), fmt="o", capsize=4, color=colour, label=family
         )

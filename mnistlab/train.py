@@ -133,8 +133,7 @@ class Run:
         epochs = "1 epoch" if last["epoch"] == 1 else f"{last['epoch']} epochs"
         return (
             f"{epochs}, {self.seconds:.1f} s on {self.device}, seed {self.seed}: "
-            f"training loss {last['train_loss']:.4f}, "
-            f"validation accuracy {100 * last['val_accuracy']:.2f}%"
+            f"loss {last['train_loss']:.4f}, validation {100 * last['val_accuracy']:.2f}%"
         )
 
 
@@ -321,7 +320,7 @@ class _Loop:
         val_loss = F.cross_entropy(logits, self.val.labels).item()
         if recipe.schedule == "plateau":
             self.schedule.step(val_loss)
-        self.val_accuracy = (logits.argmax(1) == self.val.labels).double().mean().item()
+        self.val_accuracy = (logits.argmax(1) == self.val.labels).sum().item() / len(self.val)
         return {
             "epoch": epoch,
             "lr": lr,

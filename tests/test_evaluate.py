@@ -251,5 +251,5 @@ def test_compare_refuses_reports_on_different_images(case):
 
 def test_a_comparison_prints_both_counts_and_p():
     assert str(compare(judged([1, 1, 0]), judged([1, 0, 0]))) == (
-        "only the first right: 1, only the second: 0, p = 1 (exact McNemar)"
+        "only first right 1, only second 0, exact McNemar p = 1"
     )
