@@ -14,6 +14,7 @@ from . import _torchvision, data, models, train  # noqa: F401  the first before 
 from .data import Augment, DataError, Dataset, Split, load, rotations
 from .evaluate import Comparison, Report, Summary, compare, evaluate, wilson
 from .models import build
+from .runs import Results, results
 from .train import Recipe, Run, fit, predict
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Dataset",
     "Recipe",
     "Report",
+    "Results",
     "Run",
     "Split",
     "Summary",
@@ -33,6 +35,7 @@ __all__ = [
     "load",
     "plots",
     "predict",
+    "results",
     "rotations",
     "wilson",
 ]

@@ -2,23 +2,26 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from .data import DataError
+from .models import build
 from .train import Recipe
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows of one shape as text in columns; numbers to the right."""
+    if not rows:
+        return "nothing yet"
     cells = [list(rows[0])] + [
         [f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [isinstance(v, int) for v in rows[0].values()]
+    right = [isinstance(v, int | float) for v in rows[0].values()]
     return "\n".join(
         "  ".join(
             c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
@@ -73,37 +76,91 @@ class Models:
         show(catalogue(), self.json)
 
 
+def override(recipe: Recipe, settings: tuple[str, ...]) -> Recipe:
+    """Change fields of a recipe by `field=value`, typed and checked as the fields are.
+
+    Raises:
+        ValueError: a setting is not of this form.
+    """
+    arguments = []
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: write it as field=value, such as lr=0.1")
+        arguments += [f"--{name.replace('_', '-')}", *value.split(",")]
+    typed = tyro.conf.FlagConversionOff[Recipe]
+    return tyro.cli(typed, prog="mnistlab train", default=recipe, args=arguments)
+
+
 @dataclass
 class Train:
-    """Train one model, report it on the validation images, and keep its weights if asked.
+    """Train a named recipe. With --seeds, record every seed; with --set, try a change.
 
-    Example: mnistlab train --model cnn-8k --epochs 2 --augment.rotate 10
+    Examples: mnistlab train cnn-8k --set epochs=2 augment.rotate=10 /
+    mnistlab train cnn-8k --seeds 5 / mnistlab train --list
     """
 
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    name: tyro.conf.Positional[str] = "cnn-8k"
+    """Of a recipe, or of a preset, which is then trained by the default recipe."""
+    set: tuple[str, ...] = ()
+    """Fields of the recipe to change, each as field=value. Their names: --list."""
+    seeds: int | None = None
+    """Train and record seeds 0 to SEEDS - 1; those that are recorded already are left alone."""
     seed: int = 0
-    """Of the weights, the order of images, augmentation and dropout."""
+    """Without --seeds: of the weights, the order of images, augmentation and dropout."""
     device: str | None = None
     """cuda, mps or cpu. Default: the best there is."""
     checkpoint: Path | None = None
     """File written after each epoch; training goes on from it if it is there."""
     save: Path | None = None
     """Write the weights here, as safetensors."""
+    quick: bool = False
+    """One epoch of ten batches, to see that it works."""
     test: bool = False
     """Report on the test images too. Do this once, when nothing is left to choose."""
+    list: bool = False
+    """List the recipes and the fields that --set knows, and stop."""
     json: bool = False
     """Print JSON, for a program to read."""
 
     def run(self) -> None:
+        from .recipes import RECIPES, find
+
+        if self.list:
+            rows = {name: recipe.describe() for name, recipe in RECIPES.items()}
+            if self.json:
+                print(json.dumps(rows, indent=2))
+                return
+            fields = ("model", "data", "epochs", "optimizer", "lr", "schedule")
+            show([{"recipe": n} | {f: r[f] for f in fields} for n, r in rows.items()], False)
+            print("\nFields of --set:", ", ".join(Recipe().describe()))
+            print("of augment:", ", ".join(f"augment.{f}" for f in Recipe().describe()["augment"]))
+            return
+        if self.seeds is not None:
+            if self.set or self.quick:
+                raise ValueError("records keep their recipe: --seeds goes with no --set or --quick")
+            from .runs import train_seeds
+
+            show([summary(train_seeds(self.name, self.seeds))], self.json)
+            return
+        self.train(override(find(self.name), self.set))
+
+    def train(self, recipe: Recipe) -> None:
+        """One run, reported and not recorded."""
+        from dataclasses import replace
+
         from .data import load
         from .evaluate import evaluate
-        from .train import fit
+        from .train import fit, write_atomically
 
-        data = load(self.recipe.data)
+        data = load(recipe.data)
+        if self.quick:
+            recipe = replace(recipe, epochs=1)
+            data = replace(data, train=data.train[: 10 * recipe.batch_size])
         run = fit(
-            self.recipe.model,
+            recipe.model,
             data,
-            self.recipe,
+            recipe,
             seed=self.seed,
             device=self.device,
             checkpoint=self.checkpoint,
@@ -114,12 +171,10 @@ class Train:
         if self.save:
             from safetensors.torch import save
 
-            from .train import write_atomically
-
             weights = {k: v.cpu().contiguous() for k, v in run.model.state_dict().items()}
             write_atomically(self.save, save(weights))
         if self.json:
-            record = {"recipe": self.recipe.describe(), "seed": self.seed, "history": run.history}
+            record = {"recipe": recipe.describe(), "seed": self.seed, "history": run.history}
             for name, report in reports.items():
                 record[name] = {"correct": report.correct, "n": report.n, "loss": report.loss}
             print(json.dumps(record, indent=2))
@@ -127,6 +182,54 @@ class Train:
             print(run)
             for name, report in reports.items():
                 print(f"{name}: {report}")
+
+
+def summary(known) -> dict[str, Any]:
+    """One line of a table of results; accuracies in percent."""
+    first = known.records[0]
+    return {
+        "name": known.name,
+        "family": type(build(first["recipe"]["model"])).__name__,
+        "params": known.params,
+        "macs": known.macs,
+        "n": known.n,
+        "mean": round(100 * known.mean, 3),
+        "sd": round(100 * known.sd, 3) if known.n > 1 else None,
+        "epochs": first["epochs"],
+        "dataset": first["recipe"]["data"],
+        "seeds": known.seeds,
+        "commit": first["commit"],
+        "device": first["device"],
+    }
+
+
+@dataclass
+class Results:
+    """Print what is recorded: mean and sd of test accuracy over seeds, in percent.
+
+    Examples: mnistlab results / mnistlab results cnn-8k --json / mnistlab results cnn-8k --check
+    """
+
+    name: tyro.conf.Positional[str | None] = None
+    """Of a recipe. Default: all that have records."""
+    check: bool = False
+    """Train the first recorded seed again and compare."""
+    json: bool = False
+    """Print JSON, for a program to read."""
+
+    def run(self) -> None:
+        from . import runs
+
+        names = [self.name] if self.name else runs.recorded()
+        if self.check:
+            for name in names:
+                for line in runs.check(name):
+                    print(line)
+            return
+        rows = [summary(runs.results(name)) for name in names]
+        if not self.json:  # what does not fit on a line of text
+            rows = [{k: v for k, v in row.items() if k not in ("seeds", "commit")} for row in rows]
+        show(rows, self.json)
 
 
 @dataclass
@@ -149,6 +252,7 @@ Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Results, tyro.conf.subcommand("results")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 

@@ -93,7 +93,7 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold; a loss by its name."""
-        described = dataclasses.asdict(self)
+        described = dataclasses.asdict(self) | {"betas": list(self.betas)}
         if self.loss is not None:
             described["loss"] = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
         return described

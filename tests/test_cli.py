@@ -9,9 +9,10 @@ from importlib.metadata import entry_points
 import mnistlab as ml
 import pytest
 from mnistlab import cli
+from mnistlab.recipes import RECIPES
 from safetensors.torch import load_file
 
-COMMANDS = ("data", "models", "train", "bench")
+COMMANDS = ("data", "models", "train", "results", "bench")
 
 
 @pytest.fixture
@@ -56,24 +57,26 @@ def test_help_lists_the_commands(command):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_has_an_example_of_it(command, name):
     code, out, _ = command(name, "--help")
-    assert code == 0 and f"Example: mnistlab {name}" in out
+    assert code == 0 and re.search(rf"Examples?: mnistlab {name}", out)
 
 
 def test_the_examples_parse():
     import tyro
 
-    for kind in (cli.Data, cli.Models, cli.Train, cli.Bench):
-        example = re.search(r"Example: mnistlab (.*)", kind.__doc__)[1].split()
-        assert isinstance(tyro.cli(cli.Command, args=example, use_underscores=False), kind)
+    for kind in (cli.Data, cli.Models, cli.Train, cli.Results, cli.Bench):
+        (examples,) = re.findall(r"Examples?: (.*?)\n *\Z", kind.__doc__, re.S)
+        for example in re.sub(r"\s+", " ", examples).split(" / "):
+            arguments = example.removeprefix("mnistlab ").split()
+            assert isinstance(tyro.cli(cli.Command, args=arguments, use_underscores=False), kind)
 
 
-def test_every_field_of_a_recipe_is_an_option(command):
+def test_the_list_names_every_recipe_and_every_field(command):
     from dataclasses import fields
 
-    _, out, _ = command("train", "--help")
-    options = {f.name.replace("_", "-") for f in fields(ml.Recipe)} - {"loss", "augment"}
-    assert {name for name in options if f"--{name}" not in out} == set()
-    assert "--augment.rotate" in out
+    _, out, _ = command("train", "--list")
+    assert {f.name for f in fields(ml.Recipe)} <= set(re.findall(r"\w+", out))
+    assert "augment.rotate" in out
+    assert set(json.loads(command("train", "--list", "--json")[1])) == set(RECIPES)
 
 
 def test_models_lists_the_catalogue(command):
@@ -92,7 +95,7 @@ def test_data_says_what_is_in_a_data_set(command):
 
 
 def test_train_prints_the_run_and_the_validation_report_alone(command, few):
-    code, out, _ = command("train", "--model", "linear-8k", "--epochs", 2, "--seed", 3)
+    code, out, _ = command("train", "linear-8k", "--set", "epochs=2", "--seed", 3)
     assert code == 0
     run, val = out.splitlines()
     assert run.startswith("2 epochs, ") and "seed 3" in run
@@ -100,22 +103,29 @@ def test_train_prints_the_run_and_the_validation_report_alone(command, few):
 
 
 def test_train_reports_on_test_when_asked(command, few):
-    _, out, _ = command("train", "--model", "linear-8k", "--epochs", 1, "--test")
+    _, out, _ = command("train", "linear-8k", "--set", "epochs=1", "--test")
     assert re.fullmatch(r"test: accuracy .* of 100; .*", out.splitlines()[-1])
 
 
 def test_train_overrides_any_field_and_prints_json(command, few):
-    options = ["--epochs", 1, "--augment.rotate", 10, "--schedule", "cosine", "--betas", 0.8, 0.9]
-    code, out, _ = command("train", "--model", "linear-8k", *options, "--json")
+    changes = [
+        "epochs=1",
+        "augment.rotate=10",
+        "schedule=cosine",
+        "betas=0.8,0.9",
+        "nesterov=False",
+    ]
+    code, out, _ = command("train", "linear-8k", "--set", *changes, "--json")
     record = json.loads(out)
     assert code == 0 and record["recipe"]["augment"]["rotate"] == 10
     assert record["recipe"]["schedule"] == "cosine" and record["recipe"]["betas"] == [0.8, 0.9]
+    assert record["recipe"]["nesterov"] is False and record["recipe"]["model"] == "linear-8k"
     assert record["val"]["n"] == 200 and 0 <= record["val"]["correct"] <= 200
     assert len(record["history"]) == 1 and "test" not in record
 
 
 def test_train_keeps_a_checkpoint_and_goes_on_from_it(command, few, tmp_path):
-    arguments = ["train", "--model", "linear-8k", "--epochs", 1, "--checkpoint", tmp_path / "c"]
+    arguments = ["train", "linear-8k", "--set", "epochs=1", "--checkpoint", tmp_path / "c"]
     first, again = (command(*arguments, "--json")[1] for _ in range(2))
     assert json.loads(first) == json.loads(again)  # the seconds too: nothing ran twice
 
@@ -129,11 +139,14 @@ def test_data_that_is_not_to_be_had_is_answered_in_one_line(command, offline, tm
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "--model", "cnn"], "unknown model 'cnn'; near it: cnn-8k"),
-        (["train", "--epochs", "0"], "epochs=0: must be at least 1"),
-        (["train", "--model", "linear-8k", "--device", "mars"], "mars"),
-        (["train", "--model", "linear-8k", "--lr", "1e30"], "the loss is"),
-        (["train", "--model", "linear-8k", "--checkpoint", "TMP"], "TMP"),
+        (["train", "cnn"], "unknown recipe 'cnn'; near it: cnn-8k"),
+        (["train", "--set", "model=cnn"], "unknown model 'cnn'; near it: cnn-8k"),
+        (["train", "--set", "epochs"], "--set epochs: write it as field=value"),
+        (["train", "linear-8k", "--device", "mars"], "mars"),
+        (["train", "linear-8k", "--set", "lr=1e30"], "the loss is"),
+        (["train", "linear-8k", "--checkpoint", "TMP"], "TMP"),
+        (["train", "linear-8k", "--seeds", "2", "--quick"], "records keep their recipe"),
+        (["results", "linear-8k"], "no records of 'linear-8k'; make them: mnistlab train"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(command, few, tmp_path, arguments, said):
@@ -145,11 +158,25 @@ def test_a_mistake_is_answered_in_one_line(command, few, tmp_path, arguments, sa
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["trainn"], ["train", "--lr", "high"], ["models", "--jsn"]]
+    ("arguments", "said"),
+    [
+        ([], "subcommand"),
+        (["trainn"], "train"),
+        (["train", "--set", "epoch=1"], "--epochs"),
+        (["train", "--set", "lr=high"], "high"),
+        (["train", "--set", "epochs=0"], "epochs=0: must be at least 1"),
+        (["models", "--jsn"], "--json"),
+    ],
 )
-def test_what_cannot_be_parsed_exits_with_2(command, arguments):
+def test_what_cannot_be_parsed_exits_with_2_and_names_what_is_near(command, arguments, said):
     code, out, err = command(*arguments)
-    assert code == 2 and out == "" and err
+    assert code == 2 and out == "" and said in err
+
+
+def test_quick_trains_on_ten_batches(command, few):
+    code, out, _ = command("train", "linear-8k", "--set", "batch_size=16", "--quick", "--json")
+    (row,) = json.loads(out)["history"]
+    assert code == 0 and round(row["images_per_second"] * row["seconds"]) == 160
 
 
 def test_an_interrupt_exits_with_130(command, monkeypatch):
@@ -167,7 +194,7 @@ def module(*arguments: object) -> subprocess.CompletedProcess:
 
 def test_python_m_mnistlab_trains_and_saves_weights_that_load(tmp_path, mnist):
     path = tmp_path / "new" / "linear.safetensors"
-    done = module("train", "--model", "linear-8k", "--epochs", 1, "--save", path, "--json")
+    done = module("train", "linear-8k", "--set", "epochs=1", "--save", path, "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     model = ml.build("linear-8k")

@@ -1,0 +1,224 @@
+"""Run a recipe over seeds, remember each run in a line of JSON, and read the lines back."""
+
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from . import recipes
+from .data import data_root, load
+from .evaluate import Summary, evaluate
+from .models import count_macs, count_parameters
+from .train import Recipe, fit, pick_device, write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Results(Summary):
+    """The recorded seeds of one recipe; `values` are their test accuracies.
+
+    Attributes:
+        name: of the recipe.
+        records: one dict a seed, in the order of the seeds, as the file holds them.
+    """
+
+    name: str = ""
+    records: tuple[Record, ...] = field(default=(), repr=False)
+
+    @property
+    def seeds(self) -> list[int]:
+        return [record["seed"] for record in self.records]
+
+    @property
+    def params(self) -> int:
+        return self.records[0]["params"]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image."""
+        return self.records[0]["macs"]
+
+    @property
+    def seconds(self) -> float:
+        """Mean seconds of training a run took, where it was recorded."""
+        return sum(record["seconds"] for record in self.records) / self.n
+
+
+def results(name: str, folder: Path = RESULTS) -> Results:
+    """The records of a recipe, all made by the recipe as it is now.
+
+    Raises:
+        ValueError: there are none, or they are stale; the message says what to do.
+    """
+    records = read(name, folder)
+    if not records:
+        raise ValueError(f"no records of {name!r}; make them: mnistlab train {name} --seeds 5")
+    if changes := stale(records, recipes.find(name)):
+        raise ValueError(
+            f"the records of {name!r} are stale: the recipe has another {', '.join(changes)} now; "
+            f"remove {folder / name}.jsonl and train again, or give the new recipe a new name"
+        )
+    values = tuple(record["test"]["correct"] / record["test"]["n"] for record in records)
+    return Results(values, name, tuple(records))
+
+
+def recorded(folder: Path = RESULTS) -> list[str]:
+    """Names of the recipes that have records."""
+    return sorted(path.stem for path in folder.glob("*.jsonl"))
+
+
+def read(name: str, folder: Path = RESULTS) -> list[Record]:
+    """The records of a recipe, by seed; [] where there are none.
+
+    Raises:
+        ValueError: a line is not a record; the message names it.
+    """
+    path = folder / f"{name}.jsonl"
+    records = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise ValueError(f"{path}, line {number}, is damaged: remove the line") from None
+    return sorted(records, key=lambda record: record["seed"])
+
+
+def stale(records: list[Record], recipe: Recipe) -> list[str]:
+    """Fields in which any record disagrees with the recipe. A field that is younger than a record
+    had its default then."""
+    now, default = recipe.describe(), Recipe().describe()
+    then = [default | record["recipe"] for record in records]
+    return [key for key in now if any(other[key] != now[key] for other in then)]
+
+
+def train_seeds(
+    name: str, seeds: int = 5, *, workers: int | None = None, folder: Path = RESULTS
+) -> Results:
+    """Run a recipe with seeds 0 to seeds - 1, and record each as it ends.
+
+    On the CPU the runs are processes of one thread each, side by side. Seeds that are recorded
+    already are left alone, and a run that was cut off goes on from its last epoch: after a kill,
+    call it again.
+
+    Args:
+        name: of a recipe.
+        seeds: how many.
+        workers: processes; default one a core, or one where there is a GPU.
+
+    Raises:
+        ValueError: unknown recipe, or its records are stale.
+    """
+    recipe = recipes.find(name)
+    if read(name, folder):
+        results(name, folder)  # raises if they are stale
+    have = {record["seed"] for record in read(name, folder)}
+    todo = [seed for seed in range(seeds) if seed not in have]
+    load(recipe.data)  # downloads once, and fails here if it must
+    workers = workers or (os.cpu_count() if pick_device().type == "cpu" else 1)
+    spawn = multiprocessing.get_context("spawn")  # forking a process that has threads can hang
+    with (
+        ProcessPoolExecutor(min(workers, len(todo)) or 1, spawn, _one_thread) as pool,
+        tqdm(total=len(todo), desc=name, unit="run") as bar,
+    ):
+        futures = [pool.submit(run_seed, name, recipe, seed, _checkpoint) for seed in todo]
+        for future in as_completed(futures):
+            record = future.result()
+            lines = [json.dumps(r) + "\n" for r in [*read(name, folder), record]]
+            write_atomically(folder / f"{name}.jsonl", "".join(lines).encode())
+            _checkpoint(name, record["seed"]).unlink(missing_ok=True)
+            bar.set_postfix_str(f"seed {record['seed']}: {_percent(record['test']):.2f}%")
+            bar.update()
+    return results(name, folder)
+
+
+def run_seed(name: str, recipe: Recipe, seed: int, checkpoint=lambda name, seed: None) -> Record:
+    """One run, tested once, after its last epoch; returns its record."""
+    data = load(recipe.data)
+    run = fit(
+        recipe.model, data, recipe, seed=seed, checkpoint=checkpoint(name, seed), progress=False
+    )
+    reports = {split: evaluate(run.model, getattr(data, split)) for split in ("val", "test")}
+    return {
+        "name": name,
+        "seed": seed,
+        "recipe": recipe.describe(),
+        "params": count_parameters(run.model),
+        "macs": count_macs(run.model.cpu(), tuple(data.train.images.shape[1:])),
+        "epochs": len(run.history),
+        **{s: {"correct": r.correct, "n": r.n, "loss": r.loss} for s, r in reports.items()},
+        "seconds": run.seconds,
+        "images_per_second": run.images_per_second,
+        "device": run.device,
+        "threads": run.threads,
+        "machine": platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "mnistlab")},
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "history": run.history,
+    }
+
+
+def check(name: str, folder: Path = RESULTS) -> Iterator[str]:
+    """Train the first recorded seed again, and say how it compares.
+
+    Yields:
+        Lines of text. On the machine, versions and number of threads of the record the counts are
+        equal; elsewhere rounding differs, and some images with it.
+
+    Raises:
+        ValueError: no records, or the counts differ by more than seeds do.
+    """
+    known = results(name, folder)
+    old = known.records[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(old["threads"])
+    try:
+        new = run_seed(name, recipes.find(name), old["seed"])
+    finally:
+        torch.set_num_threads(threads)
+    then, now = _percent(old["test"]), _percent(new["test"])
+    yield f"{name}, seed {old['seed']}: recorded {then:.2f}%, now {now:.2f}%"
+    if new["test"] == old["test"]:
+        yield "the same, to the last image"
+        return
+    spread = max(3 * known.sd, 0.002) if known.n > 1 else 0.005
+    if abs(now - then) > 100 * spread:
+        raise ValueError(f"{name}: further from the record than seeds differ")
+    yield "not the same images, but as near as seeds are: another machine, version or thread count?"
+
+
+def _percent(counts: dict[str, float]) -> float:
+    return 100 * counts["correct"] / counts["n"]
+
+
+def _checkpoint(name: str, seed: int) -> Path:
+    return data_root() / "runs" / f"{name}-{seed}.pt"
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _commit() -> str | None:
+    """The commit of the package's checkout; None where it is installed without one."""
+    ask = ["git", "-C", str(Path(__file__).parent)]
+    ask += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
