@@ -21,7 +21,7 @@ define step
 	@{ $(2); } || { echo '*** make $(MAKECMDGOALS) stopped at: $(1)' >&2; exit 1; }
 endef
 
-.PHONY: help env lab book test check execute bench constraints clean unit nbval
+.PHONY: help env lab book test check execute results bench constraints clean unit nbval
 .NOTPARALLEL:
 
 help: ## List the targets
@@ -69,6 +69,9 @@ execute: env ## Run the notebooks and store their outputs (one: NB=notebooks/02_
 EXECUTE := --to notebook --execute --inplace --ExecutePreprocessor.timeout=300 \
            --ExecutePreprocessor.record_timing=False \
            --ExecutePreprocessor.store_widget_state=False
+
+results: env ## Print the recorded results
+	@$(BIN)/mnistlab results
 
 bench: env ## Measure training speed on this machine
 	$(call step,benchmark,$(BIN)/python -m mnistlab bench)
