@@ -1,7 +1,7 @@
 """The named experiments. A recipe has the name of the model that it trains, or says what varies.
 
-Learning rate and augmentation of a family were chosen on the validation images, with the same six
-tries for each: three rates, with and without augmentation.
+Learning rate and augmentation of each were chosen on the validation images, by the same six tries
+(seed 0): a rate of 0.05, 0.1 or 0.2, with and without augmentation.
 """
 
 import difflib
@@ -15,8 +15,7 @@ MILD = Augment(rotate=10, shift=2, scale=0.1)
 RECIPES = {
     "dense-8k": Recipe(model="dense-8k", epochs=15, lr=0.2),
     "dense-68k": Recipe(model="dense-68k", epochs=15, lr=0.05, augment=MILD),
-    "cnn-8k": Recipe(model="cnn-8k", epochs=15, lr=0.1, augment=MILD),
-    "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.1, augment=MILD, channels_last=True),
+    "cnn-8k": Recipe(model="cnn-8k", epochs=15, lr=0.2, channels_last=True),
 }
 
 
