@@ -15,6 +15,7 @@ MILD = Augment(rotate=10, shift=2, scale=0.1)
 RECIPES = {
     "dense-8k": Recipe(model="dense-8k", epochs=15, lr=0.2),
     "dense-68k": Recipe(model="dense-68k", epochs=15, lr=0.05, augment=MILD),
+    "simplecnn-8k": Recipe(model="simplecnn-8k", epochs=15, lr=0.05),
     "cnn-8k": Recipe(model="cnn-8k", epochs=15, lr=0.2, channels_last=True),
 }
 
