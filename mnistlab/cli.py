@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from . import runs
 from .data import DataError
 from .models import build
 from .train import Recipe
@@ -139,9 +140,7 @@ class Train:
         if self.seeds is not None:
             if self.set or self.quick:
                 raise ValueError("records keep their recipe: --seeds goes with no --set or --quick")
-            from .runs import train_seeds
-
-            show([summary(train_seeds(self.name, self.seeds))], self.json)
+            show([summary(runs.train_seeds(self.name, self.seeds))], self.json)
             return
         self.train(override(find(self.name), self.set))
 
@@ -184,7 +183,7 @@ class Train:
                 print(f"{name}: {report}")
 
 
-def summary(known) -> dict[str, Any]:
+def summary(known: runs.Results) -> dict[str, Any]:
     """One line of a table of results; accuracies in percent."""
     first = known.records[0]
     return {
@@ -218,8 +217,6 @@ class Results:
     """Print JSON, for a program to read."""
 
     def run(self) -> None:
-        from . import runs
-
         names = [self.name] if self.name else runs.recorded()
         if self.check:
             for name in names:

@@ -54,7 +54,7 @@ class Results(Summary):
 
     @property
     def seconds(self) -> float:
-        """Mean seconds of training a run took, where it was recorded."""
+        """Mean seconds of training of a run, on the machine that recorded it."""
         return sum(record["seconds"] for record in self.records) / self.n
 
 
@@ -134,7 +134,7 @@ def train_seeds(
         ProcessPoolExecutor(min(workers, len(todo)) or 1, spawn, _one_thread) as pool,
         tqdm(total=len(todo), desc=name, unit="run") as bar,
     ):
-        futures = [pool.submit(run_seed, name, recipe, seed, _checkpoint) for seed in todo]
+        futures = [pool.submit(run_seed, name, recipe, s, _checkpoint(name, s)) for s in todo]
         for future in as_completed(futures):
             record = future.result()
             lines = [json.dumps(r) + "\n" for r in [*read(name, folder), record]]
@@ -145,12 +145,10 @@ def train_seeds(
     return results(name, folder)
 
 
-def run_seed(name: str, recipe: Recipe, seed: int, checkpoint=lambda name, seed: None) -> Record:
+def run_seed(name: str, recipe: Recipe, seed: int, checkpoint: Path | None = None) -> Record:
     """One run, tested once, after its last epoch; returns its record."""
     data = load(recipe.data)
-    run = fit(
-        recipe.model, data, recipe, seed=seed, checkpoint=checkpoint(name, seed), progress=False
-    )
+    run = fit(recipe.model, data, recipe, seed=seed, checkpoint=checkpoint, progress=False)
     reports = {split: evaluate(run.model, getattr(data, split)) for split in ("val", "test")}
     return {
         "name": name,
@@ -164,7 +162,7 @@ def run_seed(name: str, recipe: Recipe, seed: int, checkpoint=lambda name, seed:
         "images_per_second": run.images_per_second,
         "device": run.device,
         "threads": run.threads,
-        "machine": platform.processor() or platform.machine(),
+        "machine": processor(),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "mnistlab")},
         "commit": _commit(),
@@ -200,6 +198,14 @@ def check(name: str, folder: Path = RESULTS) -> Iterator[str]:
     if abs(now - then) > 100 * spread:
         raise ValueError(f"{name}: further from the record than seeds differ")
     yield "not the same images, but as near as seeds are: another machine, version or thread count?"
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _percent(counts: dict[str, float]) -> float:
