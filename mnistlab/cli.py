@@ -107,6 +107,10 @@ class Train:
     """Fields of the recipe to change, each as field=value. Their names: --list."""
     seeds: int | None = None
     """Train and record seeds 0 to SEEDS - 1; those that are recorded already are left alone."""
+    workers: int | None = None
+    """With --seeds: runs side by side. Default: one a core, or one where there is a GPU."""
+    watch: bool = False
+    """With --seeds: keep the predictions on the test images after every epoch (chapter 15)."""
     seed: int = 0
     """Without --seeds: of the weights, the order of images, augmentation and dropout."""
     device: str | None = None
@@ -140,7 +144,8 @@ class Train:
         if self.seeds is not None:
             if self.set or self.quick:
                 raise ValueError("records keep their recipe: --seeds goes with no --set or --quick")
-            show([summary(runs.train_seeds(self.name, self.seeds))], self.json)
+            known = runs.train_seeds(self.name, self.seeds, workers=self.workers, watch=self.watch)
+            show([summary(known)], self.json)
             return
         self.train(override(find(self.name), self.set))
 

@@ -6,6 +6,7 @@ tries are in results/tuning.csv.
 """
 
 import difflib
+from dataclasses import replace
 
 from .data import Augment
 from .models import PRESETS
@@ -13,11 +14,69 @@ from .train import Recipe
 
 MILD = Augment(rotate=10, shift=2, scale=0.1)
 
+# The grid of mnist_experiments, its blocks A to D. Its text leaves open the momentum of SGD (0.9:
+# what torch's one-cycle schedule sets), the steps of StepLR (8 epochs) and the augmentation.
+GRID = {
+    "sgd-onecycle": {"lr": 0.05},
+    "adamw-step": {"optimizer": "adamw", "schedule": "step", "step_epochs": 8, "lr": 0.0025},
+    "rmsprop-plateau": {"optimizer": "rmsprop", "schedule": "plateau", "lr": 0.001},
+    "adam-onecycle": {"optimizer": "adam", "lr": 0.003},
+}
+TINY = Recipe(
+    model="tinymnistnet-16k", epochs=20, weight_decay=1e-4, augment=MILD, channels_last=True
+)
+# The playground's stable recipe, for its four models.
+PLAYGROUND = Recipe(
+    epochs=15,
+    lr=0.028,
+    weight_decay=1e-4,
+    label_smoothing=0.02,
+    augment=Augment(rotate=7),
+    clean_epochs=3,
+    swa_epochs=3,
+    tta=(-3, 0, 3),
+    channels_last=True,
+)
+
 RECIPES = {
     "dense-8k": Recipe(model="dense-8k", epochs=15, lr=0.2),
     "dense-68k": Recipe(model="dense-68k", epochs=15, lr=0.05, augment=MILD),
     "simplecnn-8k": Recipe(model="simplecnn-8k", epochs=15, lr=0.05),
     "cnn-8k": Recipe(model="cnn-8k", epochs=15, lr=0.2, channels_last=True),
+    "tinymnistnet-sgd": replace(  # block A
+        TINY,
+        model="tinymnistnet-15k",
+        lr=0.1,
+        momentum=0.0,
+        nesterov=False,
+        weight_decay=0.0,
+        schedule="constant",
+    ),
+    **{  # blocks B and C
+        f"tinymnistnet-{name}-{size}": replace(TINY, batch_size=size, **fields)
+        for name, fields in GRID.items()
+        for size in (32, 64, 128)
+    },
+    **{  # block D
+        f"tinymnistnet-{name}": replace(TINY, arguments={"activation": name}, **GRID["adamw-step"])
+        for name in ("silu", "gelu")
+    },
+    **{
+        name: replace(PLAYGROUND, model=name)
+        for name in ("bottleneck-5k", "bottleneck-6k", "bottleneck-7k", "separable-4k")
+    },
+    # As its text says: Adam, a tenth of the rate after 10 epochs, clipped, no augmentation.
+    "separable-9k": Recipe(
+        model="separable-9k",
+        epochs=20,
+        optimizer="adam",
+        lr=0.001,
+        schedule="step",
+        step_epochs=10,
+        weight_decay=0.0,
+        clip=1.0,
+        channels_last=True,
+    ),
 }
 
 

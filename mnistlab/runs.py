@@ -1,6 +1,8 @@
 """Run a recipe over seeds, remember each run in a line of JSON, and read the lines back."""
 
 import datetime
+import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -13,16 +15,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load as load_weights
+from safetensors.torch import save
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import recipes
-from .data import data_root, load
-from .evaluate import Summary, evaluate
-from .models import count_macs, count_parameters
-from .train import Recipe, fit, pick_device, write_atomically
+from .data import data_root, load, rotations
+from .evaluate import Report, Summary, evaluate
+from .models import build, count_macs, count_parameters
+from .train import Recipe, fit, pick_device, predict, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+MALLOC = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 
 Record = dict[str, Any]
 
@@ -106,58 +114,100 @@ def stale(records: list[Record], recipe: Recipe) -> list[str]:
 
 
 def train_seeds(
-    name: str, seeds: int = 5, *, workers: int | None = None, folder: Path = RESULTS
+    name: str,
+    seeds: int = 5,
+    *,
+    workers: int | None = None,
+    watch: bool = False,
+    folder: Path = RESULTS,
 ) -> Results:
     """Run a recipe with seeds 0 to seeds - 1, and record each as it ends.
 
     On the CPU the runs are processes of one thread each, side by side. Seeds that are recorded
     already are left alone, and a run that was cut off goes on from its last epoch: after a kill,
-    call it again.
+    call it again. The weights of seed 0 are kept, for `trained`.
 
     Args:
         name: of a recipe.
         seeds: how many.
         workers: processes; default one a core, or one where there is a GPU.
+        watch: keep the predictions on the test images after every epoch, for `watched`. A cut-off
+            run then starts again.
 
     Raises:
-        ValueError: unknown recipe, or its records are stale.
+        ValueError: unknown recipe, its records are stale, or another process is training it.
     """
     recipe = recipes.find(name)
-    if read(name, folder):
-        results(name, folder)  # raises if they are stale
-    have = {record["seed"] for record in read(name, folder)}
-    todo = [seed for seed in range(seeds) if seed not in have]
-    load(recipe.data)  # downloads once, and fails here if it must
-    workers = workers or (os.cpu_count() if pick_device().type == "cpu" else 1)
-    spawn = multiprocessing.get_context("spawn")  # forking a process that has threads can hang
-    with (
-        ProcessPoolExecutor(min(workers, len(todo)) or 1, spawn, _one_thread) as pool,
-        tqdm(total=len(todo), desc=name, unit="run") as bar,
-    ):
-        futures = [pool.submit(run_seed, name, recipe, s, _checkpoint(name, s)) for s in todo]
-        for future in as_completed(futures):
-            record = future.result()
-            lines = [json.dumps(r) + "\n" for r in [*read(name, folder), record]]
-            write_atomically(folder / f"{name}.jsonl", "".join(lines).encode())
-            _checkpoint(name, record["seed"]).unlink(missing_ok=True)
-            bar.set_postfix_str(f"seed {record['seed']}: {_percent(record['test']):.2f}%")
-            bar.update()
+    (data_root() / "runs").mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(data_root() / "runs" / f"{name}.lock", timeout=0).acquire()
+    except Timeout:
+        raise ValueError(f"another process is training {name!r}: wait for it, or stop it") from None
+    with lock:
+        if have := read(name, folder):
+            results(name, folder)  # raises if they are stale
+        todo = [s for s in range(seeds) if s not in {record["seed"] for record in have}]
+        load(recipe.data)  # downloads once, and fails here if it must
+        with tqdm(total=len(todo), desc=name, unit="run") as bar:
+            for record in _side_by_side(name, recipe, todo, workers, watch, folder):
+                lines = [json.dumps(r) + "\n" for r in [*read(name, folder), record]]
+                write_atomically(folder / f"{name}.jsonl", "".join(lines).encode())
+                _checkpoint(name, record["seed"]).unlink(missing_ok=True)
+                bar.set_postfix_str(f"seed {record['seed']}: {_percent(record['test']):.2f}%")
+                bar.update()
     return results(name, folder)
 
 
-def run_seed(name: str, recipe: Recipe, seed: int, checkpoint: Path | None = None) -> Record:
-    """One run, tested once, after its last epoch; returns its record."""
+def _side_by_side(
+    name: str, recipe: Recipe, seeds: list[int], workers: int | None, watch: bool, folder: Path
+) -> Iterator[Record]:
+    """The records of the seeds, each as it ends, from processes of one thread each."""
+    workers = workers or (os.cpu_count() if pick_device().type == "cpu" else 1)
+    # Keep freed memory rather than give it back and fault it in again: up to 40% of a run's time.
+    # Only a new process reads it, and only glibc's.
+    os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
+    spawn = multiprocessing.get_context("spawn")  # forking a process that has threads can hang
+    with ProcessPoolExecutor(min(workers, len(seeds)) or 1, spawn, _one_thread) as pool:
+        futures = [pool.submit(run_seed, name, recipe, s, watch, folder) for s in seeds]
+        for future in as_completed(futures):
+            yield future.result()
+
+
+def run_seed(
+    name: str, recipe: Recipe, seed: int, watch: bool = False, folder: Path | None = None
+) -> Record:
+    """One run, tested once, after its last epoch; returns its record.
+
+    Args:
+        watch: test after each epoch too, and keep the predictions beside the records.
+        folder: of the records. Where given, a checkpoint is kept, and the weights of seed 0.
+    """
     data = load(recipe.data)
-    run = fit(recipe.model, data, recipe, seed=seed, checkpoint=checkpoint, progress=False)
-    reports = {split: evaluate(run.model, getattr(data, split)) for split in ("val", "test")}
-    return {
+    seen: list[Tensor] = []
+
+    def look(row: dict[str, Any], model: nn.Module) -> None:
+        seen.append(predict(model, data.test).argmax(1))
+
+    checkpoint = _checkpoint(name, seed) if folder and not watch else None
+    run = fit(
+        recipe.model,
+        data,
+        recipe,
+        seed=seed,
+        checkpoint=checkpoint,
+        on_epoch=look if watch else None,
+        progress=False,
+    )
+    views = {"val": data.val, "test": data.test}
+    reports = {split: evaluate(run.model, images) for split, images in views.items()}
+    record = {
         "name": name,
         "seed": seed,
         "recipe": recipe.describe(),
         "params": count_parameters(run.model),
         "macs": count_macs(run.model.cpu(), tuple(data.train.images.shape[1:])),
         "epochs": len(run.history),
-        **{s: {"correct": r.correct, "n": r.n, "loss": r.loss} for s, r in reports.items()},
+        **{split: _counts(report) for split, report in reports.items()},
         "seconds": run.seconds,
         "images_per_second": run.images_per_second,
         "device": run.device,
@@ -169,6 +219,82 @@ def run_seed(name: str, recipe: Recipe, seed: int, checkpoint: Path | None = Non
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "history": run.history,
     }
+    if recipe.tta:  # the views count; what a single view gives stands beside them
+        record["single"] = {split: record[split] for split in views}
+        for split, images in views.items():
+            record[split] = _counts(evaluate(run.model, images, tta=rotations(*recipe.tta)))
+    if folder and watch:
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            predictions=torch.stack(seen).to(torch.uint8).numpy(),
+            probabilities=(reports["test"].log_probs.exp() * 255).round().to(torch.uint8).numpy(),
+        )
+        write_atomically(folder / "watched" / f"{name}-{seed}.npz", buffer.getvalue())
+    if folder and seed == 0:
+        record["weights"] = _save_weights(run.model, folder.parent / "weights" / name)
+    return record
+
+
+def _counts(report: Report) -> dict[str, float]:
+    return {"correct": report.correct, "n": report.n, "loss": report.loss}
+
+
+def _save_weights(model: nn.Module, path: Path) -> str:
+    """Write the weights beside the records, and return the file's SHA-256."""
+    weights = save({k: v.cpu().contiguous() for k, v in model.state_dict().items()})
+    write_atomically(path.with_name(f"{path.name}.safetensors"), weights)
+    return hashlib.sha256(weights).hexdigest()
+
+
+def watched(name: str, folder: Path = RESULTS) -> dict[str, np.ndarray]:
+    """What `train_seeds(..., watch=True)` kept of a recipe, over its seeds.
+
+    Returns:
+        predictions: class of each test image after each epoch, uint8 [seeds, epochs, N];
+        probabilities: after the last epoch, 255 for certain, uint8 [seeds, N, K].
+
+    Raises:
+        ValueError: nothing was kept.
+    """
+    paths = [folder / "watched" / f"{name}-{r['seed']}.npz" for r in read(name, folder)]
+    kept = [np.load(path) for path in paths if path.exists()]
+    if not kept:
+        raise ValueError(f"no predictions of {name!r}; mnistlab train {name} --seeds 10 --watch")
+    return {key: np.stack([part[key] for part in kept]) for key in kept[0]}
+
+
+def trained(name: str, *, retrain: bool = False, folder: Path = RESULTS) -> nn.Module:
+    """The model of a recipe, as seed 0 left it: shipped, or trained now.
+
+    Args:
+        name: of a recipe.
+        retrain: train it here instead of loading it, minutes; nothing is written.
+
+    Returns:
+        The model, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: no weights are shipped, or they are not those of the record.
+    """
+    recipe = recipes.find(name)
+    if retrain:
+        return fit(recipe.model, recipe.data, recipe, seed=0).model.cpu()
+    record = next((r for r in read(name, folder) if "weights" in r), None)
+    path = folder.parent / "weights" / f"{name}.safetensors"
+    if record is None or not path.exists():
+        raise ValueError(f"no weights of {name!r} are shipped: ml.trained({name!r}, retrain=True)")
+    if stale([record], recipe):
+        raise ValueError(f"the weights of {name!r} are of another recipe; give retrain=True")
+    content = path.read_bytes()
+    if (found := hashlib.sha256(content).hexdigest()) != record["weights"]:
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is {found}, not {record['weights']}; "
+            f"restore the file, or give retrain=True"
+        )
+    model = build(recipe.model, **recipe.arguments)
+    model.load_state_dict(load_weights(content))
+    return model.eval()
 
 
 def check(name: str, folder: Path = RESULTS) -> Iterator[str]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import math
 import os
 import time
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm.auto import tqdm
 
 from .data import Augment, Dataset, Split, batches, load
@@ -26,6 +27,11 @@ CHOICES = {
     "optimizer": ("sgd", "adam", "adamw", "rmsprop"),
     "schedule": ("onecycle", "cosine", "step", "plateau", "constant"),
     "precision": ("fp32", "bf16"),
+}
+LOSSES = {
+    "cross-entropy": F.cross_entropy,
+    "mse": lambda logits, labels: F.mse_loss(logits, F.one_hot(labels, logits.shape[1]).float()),
+    "margin": F.multi_margin_loss,  # Crammer & Singer 2001
 }
 LOOK_EVERY = 20  # batches between two looks at the loss: each look makes a GPU wait
 
@@ -39,6 +45,7 @@ class Recipe:
     """
 
     model: str = "cnn-68k"  # a preset; used where fit() is given no module
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the preset, changed: dropout=0.1
     data: str = "mnist"  # a data set; used where fit() is given no Dataset
     epochs: int = 5
     batch_size: int = 128  # a last batch that is not full is left out of an epoch
@@ -55,11 +62,18 @@ class Recipe:
     step_epochs: int = 5  # epochs between two steps (step)
     gamma: float = 0.1  # what lr is multiplied by (step, plateau)
     patience: int = 2  # epochs without a lower validation loss (plateau)
-    loss: Callable[[Any, Tensor], Tensor] | None = None  # (output, labels) -> scalar
-    label_smoothing: float = 0.0  # of cross-entropy, the default loss (Szegedy et al. 2016)
+    # a name, or a function (output, labels) -> scalar
+    loss: Literal["cross-entropy", "mse", "margin"] | Callable[[Any, Tensor], Tensor] = (
+        "cross-entropy"
+    )
+    label_smoothing: float = 0.0  # of cross-entropy (Szegedy et al. 2016)
     augment: Augment = Augment()  # random changes to the training images
     clean_epochs: int = 0  # so many epochs at the end train without augmentation
     ema: float = 0.0  # decay of an average of the weights, which is then the model; 0 is off
+    # The model is then the mean of the weights after each of so many epochs at the end, its batch
+    # normalisation refreshed (Izmailov et al. 2018); 0 is off.
+    swa_epochs: int = 0
+    tta: tuple[float, ...] = ()  # test-time augmentation: the mean over these rotations, degrees
     clip: float = 0.0  # largest norm of the gradient; 0 is off
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, where the processor has it
     compile: bool = False  # run the model through torch.compile
@@ -67,13 +81,14 @@ class Recipe:
     target: float | None = None  # stop once validation accuracy, 0..1, reaches this
 
     def __post_init__(self):
-        for name, known in CHOICES.items():
+        choices = CHOICES if callable(self.loss) else CHOICES | {"loss": tuple(LOSSES)}
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 near = difflib.get_close_matches(str(value).lower(), known, n=1, cutoff=0)[0]
                 raise ValueError(f"{name}={value!r}: did you mean {near!r}? ({', '.join(known)})")
         ranges = {
             "at least 1": ("epochs", "batch_size", "step_epochs"),
-            "at least 0": ("weight_decay", "patience", "clean_epochs", "clip"),
+            "at least 0": ("weight_decay", "patience", "clean_epochs", "swa_epochs", "clip"),
             "above 0": ("lr", "gamma"),
             "in 0..1, below 1": ("momentum", "ema", "label_smoothing", "warmup"),
         }
@@ -84,8 +99,12 @@ class Recipe:
                     raise ValueError(f"{name}={getattr(self, name)}: must be {words}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: must be in 0..1, below 1")
-        if self.loss is not None and self.label_smoothing:
+        if self.loss != "cross-entropy" and self.label_smoothing:
             raise ValueError("label_smoothing belongs to cross-entropy: leave it 0 with a loss")
+        if self.swa_epochs and (self.ema or self.target):
+            raise ValueError("swa_epochs goes with no ema, a second average, and with no target")
+        if self.swa_epochs > self.epochs:
+            raise ValueError(f"swa_epochs={self.swa_epochs}: more than epochs={self.epochs}")
         if self.nesterov and not self.momentum and self.optimizer == "sgd":
             raise ValueError("nesterov=True needs momentum above 0; plain SGD has nesterov=False")
         if self.target is not None and not 0 < self.target <= 1:
@@ -93,10 +112,10 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold; a loss by its name."""
-        described = dataclasses.asdict(self) | {"betas": list(self.betas)}
-        if self.loss is not None:
+        described = dataclasses.asdict(self)
+        if callable(self.loss):
             described["loss"] = getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
-        return described
+        return json.loads(json.dumps(described))  # tuples are lists in JSON
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +216,7 @@ def fit(
     seed: int = 0,
     device: torch.device | str | None = None,
     checkpoint: str | Path | None = None,
+    on_epoch: Callable[[dict[str, Any], nn.Module], None] | None = None,
     progress: bool = True,
 ) -> Run:
     """Train a model, in place, and return the Run.
@@ -213,6 +233,8 @@ def fit(
         device: default the best there is.
         checkpoint: file written after each epoch. If it is there, training goes on from it and
             ends with the same weights as if it had never stopped.
+        on_epoch: called after each epoch with its row of the history, and the model as validated:
+            where a tracker looks on.
         progress: show a bar with loss, validation accuracy and images a second.
 
     Raises:
@@ -230,7 +252,8 @@ def fit(
         torch.backends.cudnn.flags(enabled=True, deterministic=True),
     ):
         torch.manual_seed(seed)
-        model = (build(model) if isinstance(model, str) else model).to(device)
+        model = build(model, **recipe.arguments) if isinstance(model, str) else model
+        model = model.to(device)
         _check(model, data)
         loop = _Loop(model, data, recipe, seed, device)
         history = loop.resume(checkpoint)
@@ -244,7 +267,16 @@ def fit(
             while len(history) < recipe.epochs and not loop.reached_target(history):
                 history.append(loop.epoch(len(history) + 1, bar))
                 loop.save(checkpoint, history)
-    return Run(loop.reported.eval(), recipe, seed, history, device.type, torch.get_num_threads())
+                if on_epoch is not None:
+                    on_epoch(history[-1], loop.reported(len(history)))
+    return Run(
+        loop.reported(len(history)).eval(),
+        recipe,
+        seed,
+        history,
+        device.type,
+        torch.get_num_threads(),
+    )
 
 
 class _Loop:
@@ -261,13 +293,17 @@ class _Loop:
             model.to(memory_format=torch.channels_last)
         self.optimizer = _optimizer(model, recipe)
         self.schedule = _schedule(self.optimizer, recipe, self.steps)
-        self.loss = recipe.loss or nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+        self.loss = LOSSES.get(recipe.loss, recipe.loss)
+        if recipe.label_smoothing:
+            self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self.parts = {"model": model, "optimizer": self.optimizer, "schedule": self.schedule}
-        self.reported = model
         if recipe.ema:
             ema = get_ema_multi_avg_fn(recipe.ema)
             self.average = AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
-            self.parts["average"], self.reported = self.average, self.average.module
+        elif recipe.swa_epochs:
+            self.average = AveragedModel(model)
+        if recipe.ema or recipe.swa_epochs:
+            self.parts["average"] = self.average
         self.net = torch.compile(model) if recipe.compile else model
         # What must agree for a checkpoint to be of the same run.
         self.identity = recipe.describe() | {
@@ -281,6 +317,11 @@ class _Loop:
         if self.recipe.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+    def reported(self, epoch: int) -> nn.Module:
+        """What is validated after an epoch; after the last, the model that the run gives."""
+        swa = self.recipe.swa_epochs and epoch == self.recipe.epochs
+        return self.average.module if self.recipe.ema or swa else self.model
 
     def epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
         """Train for one epoch, then validate; returns the row of the history."""
@@ -314,9 +355,13 @@ class _Loop:
             if step % LOOK_EVERY == 0 or step == self.steps:
                 self.look(total.item() / step, epoch, step, started, bar)
             bar.update()
+        if epoch > recipe.epochs - recipe.swa_epochs:
+            self.average.update_parameters(self.model)
+            if epoch == recipe.epochs:  # the statistics of the average are not the average's
+                update_bn(batches(self.train, self.batch_size), self.average, self.device)
         seconds = time.perf_counter() - started
         with self.autocast():
-            logits = predict(self.reported, self.val)
+            logits = predict(self.reported(epoch), self.val)
         val_loss = F.cross_entropy(logits, self.val.labels).item()
         if recipe.schedule == "plateau":
             self.schedule.step(val_loss)

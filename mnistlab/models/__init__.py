@@ -4,6 +4,7 @@
 """
 
 import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +13,17 @@ from torch import nn
 
 from .cnn import CNN, FastCNN, SimpleCNN
 from .dense import Dense
+from .tiny import BottleneckCNN, SeparableCNN, TinyMNISTNet
 
 __all__ = [
     "CNN",
     "PRESETS",
+    "BottleneckCNN",
     "Dense",
     "FastCNN",
+    "SeparableCNN",
     "SimpleCNN",
+    "TinyMNISTNet",
     "build",
     "catalogue",
     "count_macs",
@@ -26,6 +31,7 @@ __all__ = [
 ]
 
 TEMPLATE = "Lightning-Hydra-Template-Extended"
+PLAYGROUND = "MNIST Optimization Playground"
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,27 @@ PRESETS = {
     "cnn-8k": Preset(CNN, "global average pooling; Lin et al. 2013", {"widths": (12, 20, 16, 16)}),
     "cnn-68k": Preset(CNN, "global average pooling; Lin et al. 2013", {"widths": (32, 48, 56, 56)}),
     "fastcnn-106k": Preset(FastCNN, "ours, for speed", {"channels": (16, 32), "hidden": 64}),
+    "tinymnistnet-15k": Preset(
+        TinyMNISTNet, "TinyMNISTNet, mnist_experiments", {"norm": "none", "dropout": 0.0}
+    ),
+    "tinymnistnet-16k": Preset(TinyMNISTNet, "TinyMNISTNet, mnist_experiments"),
+    "bottleneck-5k": Preset(
+        BottleneckCNN,
+        f"model 1, {PLAYGROUND}",
+        {"widths": (8, 12, 8, 12, 12, 12, 12), "norm": "none"},
+    ),
+    "bottleneck-6k": Preset(
+        BottleneckCNN,
+        f"model 2, {PLAYGROUND}",
+        {"widths": (8, 12, 8, 12, 12, 12, 12), "dropout": 0.1},
+    ),
+    "bottleneck-7k": Preset(BottleneckCNN, f"model 3, {PLAYGROUND}", {"norm_first": False}),
+    "separable-4k": Preset(SeparableCNN, f"model 3a, {PLAYGROUND}"),
+    "separable-9k": Preset(
+        SeparableCNN,
+        "lightweight CNN, MNIST with under 10k parameters",
+        {"widths": (20, 40, 80, 40), "norm_depthwise": False, "bias": True, "dropout": 0.2},
+    ),
 }
 
 
@@ -62,12 +89,16 @@ def build(name: str, **arguments: Any) -> nn.Module:
         arguments: override the preset's, such as `in_channels=3, num_classes=100`.
 
     Raises:
-        ValueError: unknown name; the message lists the near ones.
+        ValueError: unknown name or argument; the message lists the near ones.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4) or PRESETS
         raise ValueError(f"unknown model {name!r}; near it: {', '.join(near)}")
     preset = PRESETS[name]
+    known = inspect.signature(preset.family).parameters
+    for argument in arguments.keys() - known.keys():
+        near = difflib.get_close_matches(argument, known, n=3, cutoff=0.4) or known
+        raise ValueError(f"{name} takes no {argument!r}; near it: {', '.join(near)}")
     return preset.family(**(preset.arguments | arguments))
 
 

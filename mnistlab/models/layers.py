@@ -14,3 +14,28 @@ class Layers(nn.Sequential):
         if isinstance(index, slice):
             return nn.Sequential(*list(self)[index])
         return super().__getitem__(index)
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+
+
+def norm_layer(kind: str, channels: int) -> nn.Module:
+    """A normalisation of feature maps, [N, channels, H, W] to the same.
+
+    Args:
+        kind: "batch" (Ioffe & Szegedy 2015); "layer" (Ba et al. 2016: of all channels and
+            positions of an image); "group" (Wu & He 2018: of a quarter of the channels); "none".
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    match kind:
+        case "batch":
+            return nn.BatchNorm2d(channels)
+        case "layer":
+            return nn.GroupNorm(1, channels)
+        case "group":
+            return nn.GroupNorm(4, channels)
+        case "none":
+            return nn.Identity()
+    raise ValueError(f"norm={kind!r}: one of batch, layer, group, none")
