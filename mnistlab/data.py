@@ -190,7 +190,13 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root).expanduser()
 
 
-def load(name: str = "mnist", root: str | Path | None = None, download: bool = True) -> Dataset:
+def load(
+    name: str = "mnist",
+    root: str | Path | None = None,
+    download: bool = True,
+    *,
+    resplit: int | None = None,
+) -> Dataset:
     """Load a data set: MNIST from the package itself, the others from a cache or their owners.
 
     Args:
@@ -198,6 +204,8 @@ def load(name: str = "mnist", root: str | Path | None = None, download: bool = T
         root: folder of data sets, instead of `$MNISTLAB_DATA` or the cache. Files already under
             `root/name`, or where torchvision keeps them, are used as they are.
         download: fetch what is missing (each file is checked against its published checksum).
+        resplit: forget the owners' split: put all images together and share them out by chance,
+            drawn from this seed, into parts of the usual sizes.
 
     Returns:
         A Dataset; the next call with the same arguments returns the same object.
@@ -210,11 +218,11 @@ def load(name: str = "mnist", root: str | Path | None = None, download: bool = T
         near = difflib.get_close_matches(name, SOURCES, n=1, cutoff=0.3)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown data set {name!r}{hint} (known: {', '.join(SOURCES)})")
-    return _load(name, data_root(root), download)
+    return _load(name, data_root(root), download, resplit)
 
 
 @functools.cache
-def _load(name: str, root: Path, download: bool) -> Dataset:
+def _load(name: str, root: Path, download: bool, resplit: int | None) -> Dataset:
     source = SOURCES[name]
     if name == "mnist":
         arrays = [read_idx(ASSETS / file, md5) for file, md5 in MNIST_FILES.items()]
@@ -230,7 +238,13 @@ def _load(name: str, root: Path, download: bool) -> Dataset:
         return Split(images, labels.long(), source.mean, source.std)
 
     full, test = split(*arrays[:2]), split(*arrays[2:])
-    train, val = (full[index] for index in stratified_split(full.labels))
+    if resplit is None:
+        train, val = (full[index] for index in stratified_split(full.labels))
+    else:
+        images, labels = (torch.cat(pair) for pair in zip(arrays[:2], arrays[2:], strict=True))
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(resplit))
+        sizes = [len(full) - N_VAL, N_VAL, len(test)]
+        train, val, test = (split(images[i], labels[i]) for i in order.split(sizes))
     return Dataset(name, train, val, test, classes)
 
 

@@ -182,7 +182,7 @@ def run_seed(
         watch: test after each epoch too, and keep the predictions beside the records.
         folder: of the records. Where given, a checkpoint is kept, and the weights of seed 0.
     """
-    data = load(recipe.data)
+    data = load(recipe.data, resplit=seed if recipe.resplit else None)
     seen: list[Tensor] = []
 
     def look(row: dict[str, Any], model: nn.Module) -> None:
@@ -347,10 +347,16 @@ def _one_thread() -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the package's checkout; None where it is installed without one."""
-    ask = ["git", "-C", str(Path(__file__).parent)]
-    ask += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the package's checkout, "-dirty" if its code is not the commit's; None where
+    it is installed without one."""
+    package = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        call = ["git", "-C", str(package), *arguments]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--", "*.py")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -47,6 +47,7 @@ class Recipe:
     model: str = "cnn-68k"  # a preset; used where fit() is given no module
     arguments: dict[str, Any] = field(default_factory=dict)  # of the preset, changed: dropout=0.1
     data: str = "mnist"  # a data set; used where fit() is given no Dataset
+    resplit: bool = False  # share all images out anew, by the seed, instead of the owners' split
     epochs: int = 5
     batch_size: int = 128  # a last batch that is not full is left out of an epoch
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
@@ -242,7 +243,8 @@ def fit(
         FloatingPointError: the loss is no longer finite.
     """
     recipe = recipe or Recipe()
-    data = load(data) if isinstance(data, str) else data
+    if isinstance(data, str):
+        data = load(data, resplit=seed if recipe.resplit else None)
     device = pick_device(device)
     if recipe.precision == "bf16" and not has_bf16(device):
         raise ValueError(f"precision='bf16': this {device.type} has no such arithmetic; use 'fp32'")
