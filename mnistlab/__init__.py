@@ -14,7 +14,7 @@ from . import _torchvision, data, models, train  # noqa: F401  the first before 
 from .data import Augment, DataError, Dataset, Split, load, rotations
 from .evaluate import Comparison, Report, Summary, compare, evaluate, wilson
 from .models import build
-from .runs import Results, results
+from .runs import Results, results, trained
 from .train import Recipe, Run, fit, predict
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "predict",
     "results",
     "rotations",
+    "trained",
     "wilson",
 ]
 __version__ = version("mnistlab")

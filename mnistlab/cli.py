@@ -11,7 +11,7 @@ import tyro
 from . import runs
 from .data import DataError
 from .models import build
-from .train import Recipe
+from .train import Recipe, write_atomically
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -77,22 +77,6 @@ class Models:
         show(catalogue(), self.json)
 
 
-def override(recipe: Recipe, settings: tuple[str, ...]) -> Recipe:
-    """Change fields of a recipe by `field=value`, typed and checked as the fields are.
-
-    Raises:
-        ValueError: a setting is not of this form.
-    """
-    arguments = []
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set {setting}: write it as field=value, such as lr=0.1")
-        arguments += [f"--{name.replace('_', '-')}", *value.split(",")]
-    typed = tyro.conf.FlagConversionOff[Recipe]
-    return tyro.cli(typed, prog="mnistlab train", default=recipe, args=arguments)
-
-
 @dataclass
 class Train:
     """Train a named recipe. With --seeds, record every seed; with --set, try a change.
@@ -109,6 +93,8 @@ class Train:
     """Train and record seeds 0 to SEEDS - 1; those that are recorded already are left alone."""
     workers: int | None = None
     """With --seeds: runs side by side. Default: one a core, or one where there is a GPU."""
+    on: Literal["here", "ray"] = "here"
+    """With --seeds: on this machine, or on Ray, at $RAY_ADDRESS or else started here."""
     watch: bool = False
     """With --seeds: keep the predictions on the test images after every epoch (chapter 15)."""
     seed: int = 0
@@ -121,6 +107,8 @@ class Train:
     """Write the weights here, as safetensors."""
     quick: bool = False
     """One epoch of ten batches, to see that it works."""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """Without --seeds: log each epoch under ./tracked."""
     test: bool = False
     """Report on the test images too. Do this once, when nothing is left to choose."""
     list: bool = False
@@ -129,7 +117,7 @@ class Train:
     """Print JSON, for a program to read."""
 
     def run(self) -> None:
-        from .recipes import RECIPES, find
+        from .recipes import RECIPES, find, override
 
         if self.list:
             rows = {name: recipe.describe() for name, recipe in RECIPES.items()}
@@ -140,6 +128,7 @@ class Train:
             show([{"recipe": n} | {f: r[f] for f in fields} for n, r in rows.items()], False)
             print("\nFields of --set:", ", ".join(Recipe().describe()))
             print("of augment:", ", ".join(f"augment.{f}" for f in Recipe().describe()["augment"]))
+            print("whole: augment=none, augment=mild; of the model: arguments.dropout, ...")
             return
         if self.seeds is not None:
             if self.set or self.quick:
@@ -155,12 +144,14 @@ class Train:
 
         from .data import load
         from .evaluate import evaluate
-        from .train import fit, write_atomically
+        from .track import TRACKERS
+        from .train import fit
 
-        data = load(recipe.data)
+        data = load(recipe.data, resplit=self.seed if recipe.resplit else None)
         if self.quick:
             recipe = replace(recipe, epochs=1)
             data = replace(data, train=data.train[: 10 * recipe.batch_size])
+        hook = TRACKERS[self.track](self.name, recipe, self.seed) if self.track else None
         run = fit(
             recipe.model,
             data,
@@ -168,6 +159,7 @@ class Train:
             seed=self.seed,
             device=self.device,
             checkpoint=self.checkpoint,
+            on_epoch=hook,
             progress=not self.json,
         )
         splits = {"val": data.val} | ({"test": data.test} if self.test else {})
@@ -235,6 +227,72 @@ class Results:
 
 
 @dataclass
+class Sweep:
+    """Search for a recipe's settings on the validation images, with Ray and Optuna.
+
+    Examples: mnistlab sweep cnn-8k --over lr=0.05,0.1,0.2 augment=none,mild /
+    mnistlab sweep cnn-8k --over lr=0.01..0.5 weight_decay=1e-5..1e-2 --trials 20
+    """
+
+    name: tyro.conf.Positional[str]
+    """Of a recipe."""
+    over: tuple[str, ...] = ()
+    """What to vary: field=a,b,c for these values, field=low..high for a range (logarithmic)."""
+    trials: int | None = None
+    """How many, proposed by Optuna. Default: every combination of the values."""
+    seed: int = 0
+    """Of the search and of each run."""
+    json: bool = False
+    """Print JSON, for a program to read."""
+
+    def run(self) -> None:
+        from .sweep import sweep
+
+        over = {}
+        for text in self.over:
+            field, equals, values = text.partition("=")
+            if not equals:
+                raise ValueError(f"--over {text}: write it as field=values, such as lr=0.05,0.1")
+            over[field] = values
+        rows = sweep(self.name, over, self.trials, seed=self.seed)
+        if not self.json:
+            keys = ("epochs", "seconds")
+            rows = [
+                {
+                    **{
+                        k: f"{v:.4g}" if isinstance(v, float) else v
+                        for k, v in r["settings"].items()
+                    },
+                    "val": f"{100 * r['val_accuracy']:.2f}",
+                    "val loss": f"{r['val_loss']:.4f}",
+                    **{k: round(r[k]) for k in keys},
+                }
+                for r in rows
+            ]
+        show(rows, self.json)
+
+
+@dataclass
+class Report:
+    """Write all that is recorded of a recipe as one HTML page that needs nothing beside it.
+
+    Example: mnistlab report cnn-8k --out cnn-8k.html
+    """
+
+    name: tyro.conf.Positional[str]
+    """Of a recipe that has records."""
+    out: Path | None = None
+    """The file to write. Default: NAME.html."""
+
+    def run(self) -> None:
+        from .report import report
+
+        path = self.out or Path(f"{self.name}.html")
+        write_atomically(path, report(self.name).encode())
+        print(path)
+
+
+@dataclass
 class Bench:
     """Measure speed on this machine: the loop's overhead, and seconds to 99%.
 
@@ -254,7 +312,9 @@ Command = (
     Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Results, tyro.conf.subcommand("results")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 

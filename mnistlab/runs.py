@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +25,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import recipes
-from .data import data_root, load, rotations
+from .data import Dataset, data_root, load, rotations
 from .evaluate import Report, Summary, evaluate
+from .many import can_stack, fit_many
 from .models import build, count_macs, count_parameters
-from .train import Recipe, fit, pick_device, predict, write_atomically
+from .train import Recipe, Run, fit, pick_device, predict, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-MALLOC = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+# Keep freed memory rather than give it back and fault it in again: up to 40% of a run's time. Only
+# a new process reads it, and only glibc's.
+MALLOC = (
+    "GLIBC_TUNABLES",
+    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
+)
 
 Record = dict[str, Any]
 
@@ -118,6 +125,7 @@ def train_seeds(
     seeds: int = 5,
     *,
     workers: int | None = None,
+    on: str = "here",
     watch: bool = False,
     folder: Path = RESULTS,
 ) -> Results:
@@ -131,11 +139,13 @@ def train_seeds(
         name: of a recipe.
         seeds: how many.
         workers: processes; default one a core, or one where there is a GPU.
+        on: "here", or "ray": on the cluster at $RAY_ADDRESS, or on a local Ray without it.
         watch: keep the predictions on the test images after every epoch, for `watched`. A cut-off
             run then starts again.
 
     Raises:
         ValueError: unknown recipe, its records are stale, or another process is training it.
+        ChildProcessError: a worker was killed.
     """
     recipe = recipes.find(name)
     (data_root() / "runs").mkdir(parents=True, exist_ok=True)
@@ -148,8 +158,17 @@ def train_seeds(
             results(name, folder)  # raises if they are stale
         todo = [s for s in range(seeds) if s not in {record["seed"] for record in have}]
         load(recipe.data)  # downloads once, and fails here if it must
+        jobs = [
+            (name, recipe, seed, watch, None if watch else _checkpoint(name, seed)) for seed in todo
+        ]
         with tqdm(total=len(todo), desc=name, unit="run") as bar:
-            for record in _side_by_side(name, recipe, todo, workers, watch, folder):
+            stack = (
+                on == "here" and pick_device().type == "cuda" and can_stack(recipe) and not watch
+            )
+            found = _together(name, recipe, todo) if stack else SPREAD[on](run_seed, jobs, workers)
+            for record, files in found:
+                for path, content in files.items():
+                    write_atomically(folder.parent / path, content)
                 lines = [json.dumps(r) + "\n" for r in [*read(name, folder), record]]
                 write_atomically(folder / f"{name}.jsonl", "".join(lines).encode())
                 _checkpoint(name, record["seed"]).unlink(missing_ok=True)
@@ -158,37 +177,73 @@ def train_seeds(
     return results(name, folder)
 
 
-def _side_by_side(
-    name: str, recipe: Recipe, seeds: list[int], workers: int | None, watch: bool, folder: Path
-) -> Iterator[Record]:
-    """The records of the seeds, each as it ends, from processes of one thread each."""
+def _here(task: Callable, jobs: list[tuple], workers: int | None) -> Iterator:
+    """task(*job) of each job, as each ends, from processes of one thread each."""
     workers = workers or (os.cpu_count() if pick_device().type == "cpu" else 1)
-    # Keep freed memory rather than give it back and fault it in again: up to 40% of a run's time.
-    # Only a new process reads it, and only glibc's.
-    os.environ.setdefault("GLIBC_TUNABLES", MALLOC)
+    os.environ.setdefault(*MALLOC)
     spawn = multiprocessing.get_context("spawn")  # forking a process that has threads can hang
-    with ProcessPoolExecutor(min(workers, len(seeds)) or 1, spawn, _one_thread) as pool:
-        futures = [pool.submit(run_seed, name, recipe, s, watch, folder) for s in seeds]
-        for future in as_completed(futures):
-            yield future.result()
+    with ProcessPoolExecutor(min(workers, len(jobs)) or 1, spawn, _one_thread) as pool:
+        for future in as_completed([pool.submit(task, *job) for job in jobs]):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                raise ChildProcessError(
+                    "a worker was killed, perhaps for want of memory; run the same command again, "
+                    "and each run goes on from its last epoch"
+                ) from None
+
+
+def start_ray() -> Any:
+    """The module ray, connected to $RAY_ADDRESS, or to a Ray that it starts on this machine.
+
+    Raises:
+        ValueError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("this needs Ray: pip install 'mnistlab[cluster]'") from None
+    os.environ.setdefault(*MALLOC)
+    ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
+    return ray
+
+
+def _on_ray(task: Callable, jobs: list[tuple], workers: int | None) -> Iterator:
+    """task(*job) of each job, as each ends, from Ray's workers; a killed one's job is retried."""
+    ray = start_ray()
+    remote = ray.remote(num_cpus=1, max_retries=3)(task)
+    waiting = [remote.remote(*job) for job in jobs]
+    while waiting:
+        done, waiting = ray.wait(waiting)
+        yield ray.get(done[0])
+
+
+SPREAD = {"here": _here, "ray": _on_ray}
 
 
 def run_seed(
-    name: str, recipe: Recipe, seed: int, watch: bool = False, folder: Path | None = None
-) -> Record:
-    """One run, tested once, after its last epoch; returns its record.
+    name: str,
+    recipe: Recipe,
+    seed: int,
+    watch: bool = False,
+    checkpoint: Path | None = None,
+) -> tuple[Record, dict[str, bytes]]:
+    """One run, tested once, after its last epoch.
 
     Args:
-        watch: test after each epoch too, and keep the predictions beside the records.
-        folder: of the records. Where given, a checkpoint is kept, and the weights of seed 0.
+        watch: test after each epoch too, and keep the predictions.
+        checkpoint: file from which a run that was cut off goes on.
+
+    Returns:
+        The record, and files to keep, by path: the weights of seed 0, the predictions.
     """
+    commit = _commit()  # of the code that runs, which may be another by the end
     data = load(recipe.data, resplit=seed if recipe.resplit else None)
     seen: list[Tensor] = []
 
     def look(row: dict[str, Any], model: nn.Module) -> None:
-        seen.append(predict(model, data.test).argmax(1))
+        seen.append(predict(model, data.test).argmax(1).to(torch.uint8))
 
-    checkpoint = _checkpoint(name, seed) if folder and not watch else None
     run = fit(
         recipe.model,
         data,
@@ -198,6 +253,27 @@ def run_seed(
         on_epoch=look if watch else None,
         progress=False,
     )
+    return _record(name, run, data, commit, seen)
+
+
+def _together(
+    name: str, recipe: Recipe, seeds: list[int], device: str | None = None
+) -> Iterator[tuple[Record, dict[str, bytes]]]:
+    """What run_seed gives, of all seeds in one pass."""
+    commit, data = _commit(), load(recipe.data)
+    for run in fit_many(data, recipe, seeds, device=device) if seeds else []:
+        yield _record(name, run, data, commit)
+
+
+def _record(
+    name: str, run: Run, data: Dataset, commit: str | None, seen: Sequence[Tensor] = ()
+) -> tuple[Record, dict[str, bytes]]:
+    """Test a run, and put down what the protocol asks.
+
+    Args:
+        seen: predictions on the test images after each epoch, where they are to be kept.
+    """
+    recipe, seed = run.recipe, run.seed
     views = {"val": data.val, "test": data.test}
     reports = {split: evaluate(run.model, images) for split, images in views.items()}
     record = {
@@ -215,7 +291,7 @@ def run_seed(
         "machine": processor(),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "mnistlab")},
-        "commit": _commit(),
+        "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "history": run.history,
     }
@@ -223,28 +299,22 @@ def run_seed(
         record["single"] = {split: record[split] for split in views}
         for split, images in views.items():
             record[split] = _counts(evaluate(run.model, images, tta=rotations(*recipe.tta)))
-    if folder and watch:
+    files = {}
+    if seen:
+        probabilities = (reports["test"].log_probs.exp() * 255).round().to(torch.uint8)
+        arrays = {"predictions": torch.stack(list(seen)), "probabilities": probabilities}
         buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer,
-            predictions=torch.stack(seen).to(torch.uint8).numpy(),
-            probabilities=(reports["test"].log_probs.exp() * 255).round().to(torch.uint8).numpy(),
-        )
-        write_atomically(folder / "watched" / f"{name}-{seed}.npz", buffer.getvalue())
-    if folder and seed == 0:
-        record["weights"] = _save_weights(run.model, folder.parent / "weights" / name)
-    return record
+        np.savez_compressed(buffer, **{k: v.cpu().numpy() for k, v in arrays.items()})
+        files[f"results/watched/{name}-{seed}.npz"] = buffer.getvalue()
+    if seed == 0:
+        weights = save({k: v.cpu().contiguous() for k, v in run.model.state_dict().items()})
+        files[f"weights/{name}.safetensors"] = weights
+        record["weights"] = hashlib.sha256(weights).hexdigest()
+    return record, files
 
 
 def _counts(report: Report) -> dict[str, float]:
     return {"correct": report.correct, "n": report.n, "loss": report.loss}
-
-
-def _save_weights(model: nn.Module, path: Path) -> str:
-    """Write the weights beside the records, and return the file's SHA-256."""
-    weights = save({k: v.cpu().contiguous() for k, v in model.state_dict().items()})
-    write_atomically(path.with_name(f"{path.name}.safetensors"), weights)
-    return hashlib.sha256(weights).hexdigest()
 
 
 def watched(name: str, folder: Path = RESULTS) -> dict[str, np.ndarray]:
@@ -312,7 +382,7 @@ def check(name: str, folder: Path = RESULTS) -> Iterator[str]:
     threads = torch.get_num_threads()
     torch.set_num_threads(old["threads"])
     try:
-        new = run_seed(name, recipes.find(name), old["seed"])
+        new, _ = run_seed(name, recipes.find(name), old["seed"])
     finally:
         torch.set_num_threads(threads)
     then, now = _percent(old["test"]), _percent(new["test"])

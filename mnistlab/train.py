@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -293,11 +293,9 @@ class _Loop:
         self.steps = len(self.train) // self.batch_size
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.optimizer = _optimizer(model, recipe)
-        self.schedule = _schedule(self.optimizer, recipe, self.steps)
-        self.loss = LOSSES.get(recipe.loss, recipe.loss)
-        if recipe.label_smoothing:
-            self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+        self.optimizer = make_optimizer(model.parameters(), recipe)
+        self.schedule = make_schedule(self.optimizer, recipe, self.steps)
+        self.loss = make_loss(recipe)
         self.parts = {"model": model, "optimizer": self.optimizer, "schedule": self.schedule}
         if recipe.ema:
             ema = get_ema_multi_avg_fn(recipe.ema)
@@ -456,11 +454,25 @@ def _check(model: nn.Module, data: Dataset) -> None:
             )
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_loss(recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:
+    """The recipe's loss: (output, labels) -> scalar."""
+    if recipe.label_smoothing:
+        return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    return LOSSES.get(recipe.loss, recipe.loss)
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], recipe: Recipe, matrix: int = 2
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser of those parameters that are trained.
+
+    Args:
+        matrix: dimensions from which on a parameter decays: biases and norms have fewer.
+    """
+    trained = [p for p in parameters if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= matrix], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim < matrix], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
     match recipe.optimizer:
@@ -477,7 +489,7 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             return torch.optim.AdamW(groups, recipe.lr, recipe.betas, fused=True)
 
 
-def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int):
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int):
     """A scheduler that is stepped after every batch; "plateau" alone after every epoch."""
     total = recipe.epochs * steps
     match recipe.schedule:

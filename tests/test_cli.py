@@ -12,7 +12,7 @@ from mnistlab import cli
 from mnistlab.recipes import RECIPES
 from safetensors.torch import load_file
 
-COMMANDS = ("data", "models", "train", "results", "bench")
+COMMANDS = ("data", "models", "train", "sweep", "results", "report", "bench")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def command(monkeypatch, capsys):
 def few(mnist, monkeypatch):
     """Training sees a few images of MNIST."""
     small = ml.Dataset("mnist", mnist.train[:512], mnist.val[:200], mnist.test[:100])
-    monkeypatch.setattr(ml.data, "load", lambda name="mnist", root=None: small)
+    monkeypatch.setattr(ml.data, "load", lambda name="mnist", root=None, resplit=None: small)
     return small
 
 
@@ -63,7 +63,7 @@ def test_help_of_a_command_has_an_example_of_it(command, name):
 def test_the_examples_parse():
     import tyro
 
-    for kind in (cli.Data, cli.Models, cli.Train, cli.Results, cli.Bench):
+    for kind in (cli.Data, cli.Models, cli.Train, cli.Sweep, cli.Results, cli.Report, cli.Bench):
         (examples,) = re.findall(r"Examples?: (.*?)\n *\Z", kind.__doc__, re.S)
         for example in re.sub(r"\s+", " ", examples).split(" / "):
             arguments = example.removeprefix("mnistlab ").split()
@@ -114,11 +114,14 @@ def test_train_overrides_any_field_and_prints_json(command, few):
         "schedule=cosine",
         "betas=0.8,0.9",
         "nesterov=False",
+        "arguments.dropout=0.1",
+        "loss=mse",
     ]
     code, out, _ = command("train", "linear-8k", "--set", *changes, "--json")
     record = json.loads(out)
     assert code == 0 and record["recipe"]["augment"]["rotate"] == 10
     assert record["recipe"]["schedule"] == "cosine" and record["recipe"]["betas"] == [0.8, 0.9]
+    assert record["recipe"]["arguments"] == {"dropout": 0.1} and record["recipe"]["loss"] == "mse"
     assert record["recipe"]["nesterov"] is False and record["recipe"]["model"] == "linear-8k"
     assert record["val"]["n"] == 200 and 0 <= record["val"]["correct"] <= 200
     assert len(record["history"]) == 1 and "test" not in record
@@ -141,6 +144,10 @@ def test_data_that_is_not_to_be_had_is_answered_in_one_line(command, offline, tm
     [
         (["train", "cnn"], "unknown recipe 'cnn'; near it: cnn-8k"),
         (["train", "--set", "model=cnn"], "unknown model 'cnn'; near it: cnn-8k"),
+        (["train", "--set", "augment=wild"], "one of none, mild"),
+        (["train", "--set", "arguments.width=3"], "cnn-8k takes no 'width'; near it: widths"),
+        (["sweep", "cnn-8k", "--over", "lr"], "--over lr: write it as field=values"),
+        (["report", "linear-8k"], "no records of 'linear-8k'"),
         (["train", "--set", "epochs"], "--set epochs: write it as field=value"),
         (["train", "linear-8k", "--device", "mars"], "mars"),
         (["train", "linear-8k", "--set", "lr=1e30"], "the loss is"),
@@ -202,6 +209,35 @@ def test_python_m_mnistlab_trains_and_saves_weights_that_load(tmp_path, mnist):
     report, said = ml.evaluate(model, mnist.val), json.loads(done.stdout)["val"]
     assert said == {"correct": report.correct, "n": 5_000, "loss": pytest.approx(report.loss)}
     assert report.accuracy > 0.85
+
+
+def test_report_writes_a_page_and_names_it(command, tmp_path):
+    code, out, _ = command("report", "dense-8k", "--out", tmp_path / "new" / "page.html")
+    assert code == 0 and out.strip() == str(tmp_path / "new" / "page.html")
+    assert (tmp_path / "new" / "page.html").read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_sweep_prints_its_tries_the_best_first(command, monkeypatch):
+    row = {"settings": {"lr": 0.1}, "val_accuracy": 0.97, "val_loss": 0.1, "epochs": 1}
+    row |= {"seconds": 2.6, "seed": 0, "date": "2026"}
+    asked = []
+
+    def sweep(name, over, trials, *, seed):
+        asked.append((name, over, trials, seed))
+        return [row]
+
+    monkeypatch.setattr("mnistlab.sweep.sweep", sweep)
+    code, out, _ = command("sweep", "cnn-8k", "--over", "lr=0.1,0.2", "--trials", 1)
+    assert code == 0 and asked == [("cnn-8k", {"lr": "0.1,0.2"}, 1, 0)]
+    assert re.search(r"^0.1 +97.00 +0.1000 +1 +3$", out, re.M)
+    assert json.loads(command("sweep", "cnn-8k", "--over", "lr=0.1", "--json")[1]) == [row]
+
+
+def test_train_logs_where_a_tracker_looks(command, few, monkeypatch, tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra `track` is not installed")
+    monkeypatch.chdir(tmp_path)
+    code, *_ = command("train", "linear-8k", "--quick", "--track", "tensorboard")
+    assert code == 0 and list((tmp_path / "tracked" / "linear-8k-0").iterdir())
 
 
 def test_an_error_shows_no_traceback():

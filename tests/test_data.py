@@ -640,3 +640,17 @@ def test_rotations_are_views_by_these_degrees(digits):
     clockwise, still = ml.rotations(90, 0)
     torch.testing.assert_close(clockwise(digits), digits.rot90(-1, (2, 3)), atol=1e-4, rtol=0)
     torch.testing.assert_close(still(digits), digits, atol=1e-5, rtol=0)
+
+
+def test_a_resplit_deals_out_the_same_images_by_its_seed(mnist):
+    first, again, other = (ml.load("mnist", resplit=seed) for seed in (0, 0, 1))
+    assert [len(s) for s in (first.train, first.val, first.test)] == [55_000, 5_000, 10_000]
+    assert first is again and not torch.equal(first.test.labels, other.test.labels)
+
+    def images(data):  # a number for each image, whichever part it is in
+        parts = (data.train, data.val, data.test)
+        weights = torch.arange(1, 785)
+        sums = [(s.images.flatten(1).long() * weights).sum(1) * 10 + s.labels for s in parts]
+        return torch.cat(sums).sort().values
+
+    assert torch.equal(images(first), images(mnist)) and torch.equal(images(other), images(mnist))

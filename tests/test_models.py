@@ -4,6 +4,7 @@ import mnistlab as ml
 import pytest
 import torch
 from mnistlab.models import CNN, PRESETS, Dense, catalogue, count_macs, count_parameters
+from mnistlab.models.layers import norm_layer
 from torch import nn
 
 EXACT = {
@@ -117,6 +118,55 @@ def test_counting_macs_leaves_the_mode_as_it_was():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_fits_64_images_to_the_last(name, mnist):
     few = mnist.train[:64]
-    recipe = ml.Recipe(epochs=600, batch_size=64, optimizer="adam", lr=0.01, target=1.0)
+    recipe = ml.Recipe(
+        epochs=800, batch_size=64, optimizer="adam", lr=0.003, schedule="constant", target=1.0
+    )
     run = ml.fit(name, ml.Dataset("few", few, few, test=None), recipe, progress=False)
     assert run.history[-1]["val_accuracy"] == 1
+
+
+def test_tinymnistnet_is_the_list_of_layers_of_its_text():
+    """Parameters of each layer, as the table of mnist_experiments has them."""
+    sizes = [
+        sum(p.numel() for p in layer.parameters())
+        for layer in ml.build("tinymnistnet-15k")
+        if isinstance(layer, nn.Conv2d)
+    ]
+    assert sizes == [80, 876, 1_744, 2_320, 3_480, 6_944, 330]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "mean_of"),
+    [
+        ("batch", (5, 8, 36), (0, 2)),  # each channel, over the images and positions
+        ("layer", (5, 1, 288), (2,)),  # each image, over everything
+        ("group", (5, 4, 72), (2,)),  # each image, over two of its eight channels
+    ],
+)
+def test_a_normalisation_is_over_the_axes_of_its_name(kind, shape, mean_of):
+    x = torch.randn(5, 8, 6, 6) * 3 + 2
+    grouped = x.view(shape)
+    mean = grouped.mean(mean_of, keepdim=True)
+    var = grouped.var(mean_of, keepdim=True, unbiased=False)
+    expected = ((grouped - mean) / (var + 1e-5).sqrt()).view_as(x)
+    torch.testing.assert_close(norm_layer(kind, 8)(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_tiny_net_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="norm='btach': one of batch, layer, group, none"):
+        ml.build("tinymnistnet-16k", norm="btach")
+    with pytest.raises(ValueError, match="activation='tanh': one of relu, silu, gelu"):
+        ml.build("tinymnistnet-16k", activation="tanh")
+    with pytest.raises(ValueError, match="takes no 'width'; near it: widths"):
+        ml.build("cnn-8k", width=3)
+    with pytest.raises(ValueError, match="six 3x3 convolutions, not 2"):
+        ml.build("tinymnistnet-16k", channels=(3, 4))
+    with pytest.raises(ValueError, match="seven convolutions, not 1"):
+        ml.build("bottleneck-7k", widths=(3,))
+
+
+def test_the_third_playground_model_normalises_after_the_activation():
+    kinds = [type(layer).__name__ for layer in ml.build("bottleneck-7k")][:3]
+    assert kinds == ["Conv2d", "ReLU", "BatchNorm2d"]
+    kinds = [type(layer).__name__ for layer in ml.build("bottleneck-6k")][:3]
+    assert kinds == ["Conv2d", "BatchNorm2d", "ReLU"]

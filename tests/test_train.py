@@ -117,7 +117,7 @@ def test_three_steps_of_an_optimizer_are_its_formula(tiny, change):
 @pytest.mark.parametrize("optimizer", train.CHOICES["optimizer"])
 def test_biases_and_norms_do_not_decay(optimizer):
     recipe, model = Recipe(optimizer=optimizer, weight_decay=0.3), small()
-    groups = train._optimizer(model, recipe).param_groups
+    groups = train.make_optimizer(model.parameters(), recipe).param_groups
     decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     assert all(decay[p] == (0.3 if p.ndim >= 2 else 0) for p in model.parameters())
@@ -354,6 +354,95 @@ def test_any_callable_serves_as_the_loss(tiny):
     expected = squared_error(linear()(tiny.train.inputs()), tiny.train.labels).item()
     assert run.history[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
     assert recipe.describe()["loss"].endswith("squared_error")
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand"),
+    [
+        ("cross-entropy", lambda z, y: -z.log_softmax(1)[range(len(y)), y].mean()),
+        ("mse", lambda z, y: ((z - torch.eye(4)[y]) ** 2).mean()),
+        ("margin", lambda z, y: ((1 - z.gather(1, y[:, None]) + z).relu().sum(1) - 1).mean() / 4),
+    ],
+)
+def test_a_loss_by_name_is_its_formula(tiny, name, by_hand):
+    recipe = Recipe(epochs=1, batch_size=256, loss=name)
+    run = fit(linear(), tiny, recipe, progress=False)
+    expected = by_hand(linear()(tiny.train.inputs()), tiny.train.labels).item()
+    assert run.history[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert recipe.describe()["loss"] == name
+
+
+def test_swa_is_the_mean_of_the_last_epochs_weights(tiny):
+    seen = []
+
+    def keep(row, model):  # before the last epoch, what is validated is the running model
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    recipe = Recipe(epochs=3, batch_size=64)
+    fit(linear(), tiny, recipe, on_epoch=keep, progress=False)
+    run = fit(linear(), tiny, replace(recipe, swa_epochs=2), progress=False)
+    for name, average in run.model.named_parameters():
+        torch.testing.assert_close(average, (seen[1][name] + seen[2][name]) / 2)
+
+
+def test_swa_refreshes_batch_normalisation_on_images_without_augmentation(tiny):
+    recipe = Recipe(epochs=2, batch_size=64, swa_epochs=2, augment=Augment(rotate=20))
+    run = fit(small(dropout=0.0), tiny, recipe, progress=False)
+    flatten, linear_layer, norm = run.model[0], run.model[1], run.model[2]
+    assert isinstance(norm, nn.BatchNorm1d)
+    inputs = linear_layer(flatten(tiny.train.inputs())).detach()
+    torch.testing.assert_close(norm.running_mean, inputs.mean(0), atol=1e-4, rtol=1e-4)
+    report = ml.evaluate(run.model, tiny.val)
+    assert run.history[-1]["val_loss"] == pytest.approx(report.loss)
+
+
+def test_swa_resumes_to_the_same_average(tiny, tmp_path, monkeypatch):
+    recipe = Recipe(epochs=3, batch_size=64, swa_epochs=2)
+    whole = fit(small(), tiny, recipe, progress=False)
+    epoch = train._Loop.epoch
+
+    def interrupted(self, number, bar):
+        if number == 3:
+            raise KeyboardInterrupt
+        return epoch(self, number, bar)
+
+    monkeypatch.setattr(train._Loop, "epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(small(), tiny, recipe, checkpoint=tmp_path / "c", progress=False)
+    monkeypatch.undo()
+    resumed = fit(small(), tiny, recipe, checkpoint=tmp_path / "c", progress=False)
+    assert same(resumed.model, whole.model)
+    finished = fit(small(), tiny, recipe, checkpoint=tmp_path / "c", progress=False)
+    assert same(finished.model, whole.model)
+
+
+def test_a_hook_sees_each_epoch_and_does_not_change_the_run(tiny):
+    seen = []
+
+    def hook(row, model):
+        seen.append((row["epoch"], ml.evaluate(model, tiny.val).accuracy == row["val_accuracy"]))
+        torch.rand(3)  # its draws are its own
+
+    watched = fit(small(), tiny, replace(FULL, epochs=2), on_epoch=hook, progress=False)
+    assert seen == [(1, True), (2, True)]
+    assert same(watched.model, fit(small(), tiny, replace(FULL, epochs=2), progress=False).model)
+
+
+def test_arguments_of_a_recipe_change_the_preset(mnist):
+    few = Dataset("few", mnist.train[:64], mnist.val[:64], test=None)
+    recipe = Recipe(model="tinymnistnet-16k", arguments={"activation": "silu"}, epochs=1)
+    run = fit(recipe.model, few, recipe, progress=False)
+    assert any(isinstance(layer, nn.SiLU) for layer in run.model)
+    with pytest.raises(ValueError, match="takes no 'actvation'; near it: activation"):
+        fit(recipe.model, few, replace(recipe, arguments={"actvation": "silu"}))
+
+
+def test_resplit_deals_the_images_out_anew_for_each_seed(monkeypatch, tiny):
+    asked = []
+    monkeypatch.setattr(train, "load", lambda name, resplit: asked.append(resplit) or tiny)
+    fit(linear(), "mnist", Recipe(epochs=1, resplit=True), seed=7, progress=False)
+    fit(linear(), "mnist", Recipe(epochs=1), seed=7, progress=False)
+    assert asked == [7, None]
 
 
 def test_training_stops_at_the_target_on_validation(tiny):
@@ -729,6 +818,9 @@ def test_cuda_trains_the_same_bit_for_bit(tiny):
         {"patience": -1},
         {"clean_epochs": -1},
         {"clip": -1.0},
+        {"swa_epochs": -1},
+        {"swa_epochs": 6},
+        {"loss": "hinge"},
         {"target": 99.0},
         {"optimizer": "SGD"},
         {"schedule": "linear"},
@@ -755,6 +847,9 @@ def test_fields_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="nesterov=True needs momentum"):
         Recipe(momentum=0.0)
     assert Recipe(momentum=0.0, optimizer="adam").momentum == 0  # it has none
+    for other in ({"ema": 0.9}, {"target": 0.99}):
+        with pytest.raises(ValueError, match="swa_epochs goes with no ema"):
+            Recipe(swa_epochs=2, **other)
 
 
 def test_a_recipe_is_described_in_plain_values():
@@ -763,3 +858,4 @@ def test_a_recipe_is_described_in_plain_values():
     described = json.loads(json.dumps(Recipe(loss=nn.CrossEntropyLoss()).describe()))
     assert described.keys() == {f.name for f in fields(Recipe)}
     assert described["loss"] == "CrossEntropyLoss" and described["augment"]["rotate"] == 0
+    assert Recipe(tta=(-3, 0, 3)).describe()["tta"] == [-3, 0, 3]

@@ -1,0 +1,158 @@
+"""Search for a recipe's settings by Ray Tune, on the validation images alone."""
+
+import ast
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from . import recipes
+from .data import load
+from .models import build
+from .runs import RESULTS, start_ray
+from .train import fit, write_atomically
+
+SWEEPS = RESULTS / "sweeps"
+
+
+def sweep(
+    name: str,
+    over: Mapping[str, str],
+    trials: int | None = None,
+    *,
+    seed: int = 0,
+    folder: Path = SWEEPS,
+) -> list[dict[str, Any]]:
+    """Try settings of a recipe, each trial one run on one core, and record them all.
+
+    Trials run on the cluster at $RAY_ADDRESS, or on a local Ray without it. A killed worker's
+    trial is started again, three times at most.
+
+    Args:
+        name: of a recipe.
+        over: field of the recipe -> values "0.05,0.1,0.2", or a range "0.01..0.3", searched on a
+            logarithmic scale.
+        trials: how many, proposed by Optuna's TPE sampler (Bergstra et al. 2011). Default: every
+            combination of the values.
+        seed: of the sampler and of every run.
+        folder: of the records: a line of JSON a trial is added to NAME.jsonl.
+
+    Returns:
+        The trials of this sweep, the best validation accuracy first, the lower loss on a tie.
+
+    Raises:
+        ValueError: unknown recipe or field, a range without `trials`, or Ray is not installed.
+    """
+    recipe = recipes.find(name)
+    space = {field: _values(field, text) for field, text in over.items()}
+    if not space:
+        raise ValueError("nothing to search: --over lr=0.05,0.1,0.2")
+    ranges = [field for field, values in space.items() if isinstance(values, tuple)]
+    if ranges and trials is None:
+        raise ValueError(f"{ranges[0]} is a range: say how many trials")
+    for corner in zip(*(values[:1] for values in space.values()), strict=True):
+        tried = recipes.override(recipe, _settings(dict(zip(space, corner, strict=True))))
+        build(tried.model, **tried.arguments)  # what cannot run fails here
+    load(recipe.data)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # one bar instead of tables
+    ray = start_ray()
+    from ray import tune
+    from ray.tune.search.optuna import OptunaSearch
+
+    def trial(config: dict[str, Any]) -> None:
+        """Runs on a worker."""
+        tried = recipes.override(recipe, _settings(config))
+        run = fit(tried.model, tried.data, tried, seed=seed, progress=False)
+        last = run.history[-1]
+        row = {key: last[key] for key in ("val_accuracy", "val_loss", "epoch")}
+        tune.report(row | {"train_seconds": run.seconds})
+
+    class Progress(tune.Callback):
+        def __init__(self, bar: tqdm):
+            self.bar = bar
+
+        def __getstate__(self) -> dict:  # Tune stores its callbacks; a bar cannot be stored
+            return {}
+
+        def on_trial_complete(self, **_: Any) -> None:
+            self.bar.update()
+
+    if trials is None:
+        total = math.prod(map(len, space.values()))
+        search, samples = None, 1
+        space = {field: tune.grid_search(values) for field, values in space.items()}
+    else:
+        search, samples, total = OptunaSearch(seed=seed), trials, trials
+        space = {
+            field: tune.loguniform(*values) if isinstance(values, tuple) else tune.choice(values)
+            for field, values in space.items()
+        }
+    with (
+        tempfile.TemporaryDirectory() as scratch,  # Tune's own logs
+        tqdm(total=total, desc=f"sweep {name}", unit="trial") as bar,
+    ):
+        found = tune.Tuner(
+            tune.with_resources(trial, {"cpu": 1}),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric="val_accuracy", mode="max", search_alg=search, num_samples=samples
+            ),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=scratch,
+                failure_config=tune.FailureConfig(max_failures=3),
+                callbacks=[Progress(bar)],
+                verbose=0,
+            ),
+        ).fit()
+        rows = [
+            {
+                "settings": result.config,
+                "val_accuracy": result.metrics["val_accuracy"],
+                "val_loss": result.metrics["val_loss"],
+                "epochs": result.metrics["epoch"],
+                "seconds": result.metrics["train_seconds"],
+                "seed": seed,
+                "date": result.metrics["date"],
+            }
+            for result in found
+            if not result.error
+        ]
+    ray.shutdown()
+    path = folder / f"{name}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    write_atomically(
+        path, "".join(f"{line}\n" for line in [*lines, *map(json.dumps, rows)]).encode()
+    )
+    if failed := [result.error for result in found if result.error]:
+        raise ValueError(f"{len(failed)} of {len(found)} trials failed: {failed[0]}")
+    return sorted(rows, key=lambda row: (-row["val_accuracy"], row["val_loss"]))
+
+
+def _values(field: str, text: str) -> list[str] | tuple[float, float]:
+    """ "0.05,0.1" -> its values; "0.01..0.3" -> the ends of a range."""
+    if ".." not in text:
+        return [_literal(value) for value in text.split(",")]
+    try:
+        low, high = map(float, text.split(".."))
+    except ValueError:
+        raise ValueError(f"{field}={text}: write a range as low..high, such as 0.01..0.3") from None
+    if not 0 < low < high:
+        raise ValueError(f"{field}={text}: a range runs from above 0 upwards")
+    return low, high
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):  # a bare word
+        return text
+
+
+def _settings(config: Mapping[str, Any]) -> list[str]:
+    return [f"{field}={value}" for field, value in config.items()]

@@ -1,0 +1,64 @@
+"""The search for settings: what it tries, what it keeps, and how it answers mistakes."""
+
+import json
+
+import mnistlab as ml
+import pytest
+from mnistlab import recipes
+from mnistlab import sweep as module
+from mnistlab.recipes import RECIPES
+from mnistlab.sweep import sweep
+
+
+@pytest.fixture
+def quickest(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    recipe = ml.Recipe(model="linear-8k", epochs=1, batch_size=512, lr=0.05)
+    monkeypatch.setitem(RECIPES, "linear-8k", recipe)
+
+
+def test_every_combination_then_a_range_are_tried_and_kept(quickest, tmp_path):
+    pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    rows = sweep("linear-8k", {"lr": "0.001,0.1", "augment": "none,mild"}, folder=tmp_path)
+    tried = {(row["settings"]["lr"], row["settings"]["augment"]) for row in rows}
+    assert tried == {(lr, augment) for lr in (0.001, 0.1) for augment in ("none", "mild")}
+    accuracies = [row["val_accuracy"] for row in rows]
+    assert accuracies == sorted(accuracies, reverse=True) and len(set(accuracies)) > 1
+    best = next(row for row in rows if row["settings"] == {"lr": 0.1, "augment": "none"})
+    recipe = recipes.override(RECIPES["linear-8k"], ["lr=0.1"])
+    alone = ml.fit("linear-8k", "mnist", recipe, seed=0, progress=False).history[-1]
+    assert best["val_accuracy"] == pytest.approx(alone["val_accuracy"], abs=0.002)
+
+    more = sweep("linear-8k", {"lr": "0.01..0.5"}, 2, folder=tmp_path)
+    assert len(more) == 2 and all(0.01 <= row["settings"]["lr"] <= 0.5 for row in more)
+    lines = (tmp_path / "linear-8k.jsonl").read_text().splitlines()
+    assert len(lines) == 6 and all("val_accuracy" in json.loads(line) for line in lines)
+    assert "test" not in json.loads(lines[0])
+
+
+@pytest.mark.parametrize(
+    ("over", "trials", "said"),
+    [
+        ({}, None, "nothing to search"),
+        ({"lr": "0.01..0.1"}, None, "lr is a range: say how many trials"),
+        ({"lr": "0.1..0.01"}, 3, "a range runs from above 0 upwards"),
+        ({"lr": "a..b"}, 3, "write a range as low..high"),
+        ({"augment": "wild"}, None, "one of none, mild"),
+        ({"arguments.hiden": "3,4"}, None, "linear-8k takes no 'hiden'"),
+    ],
+)
+def test_a_mistake_is_answered_before_anything_runs(quickest, monkeypatch, over, trials, said):
+    monkeypatch.setattr(module, "start_ray", lambda: pytest.fail("it started"))
+    with pytest.raises(ValueError, match=said):
+        sweep("linear-8k", over, trials)
+
+
+def test_each_tuned_recipe_is_the_best_of_its_tries_and_all_had_as_many():
+    names = sorted(path.stem for path in module.SWEEPS.glob("*.jsonl"))
+    assert names
+    for name in names:
+        rows = [json.loads(line) for line in (module.SWEEPS / f"{name}.jsonl").open()]
+        assert len(rows) == 6
+        best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+        settings = [f"{key}={value}" for key, value in best["settings"].items()]
+        assert recipes.override(RECIPES[name], settings) == RECIPES[name]
