@@ -10,7 +10,7 @@ import tyro
 
 from . import runs
 from .data import DataError
-from .models import build
+from .models import PRESETS
 from .train import Recipe, write_atomically
 
 
@@ -19,7 +19,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "nothing yet"
     cells = [list(rows[0])] + [
-        [f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in rows
+        ["" if v is None else f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()]
+        for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [isinstance(v, int | float) for v in rows[0].values()]
@@ -185,7 +186,7 @@ def summary(known: runs.Results) -> dict[str, Any]:
     first = known.records[0]
     return {
         "name": known.name,
-        "family": type(build(first["recipe"]["model"])).__name__,
+        "family": PRESETS[first["recipe"]["model"]].family.__name__,
         "params": known.params,
         "macs": known.macs,
         "n": known.n,

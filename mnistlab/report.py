@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import jinja2
 import matplotlib.pyplot as plt
+from torch import Tensor
 
 from . import plots, runs
 from .data import ASSETS, load
 from .evaluate import Report, evaluate
+from .recipes import find
 
 ALT = {
     "curves": "Loss against epochs, a colour for each seed: validation solid, training dashed.",
@@ -40,7 +42,8 @@ def report(name: str, folder: Path = runs.RESULTS) -> str:
         figures = {"curves": _png(plots.curves(histories))}
         tested = None
         if "weights" in first:
-            data = load(first["recipe"]["data"], resplit=0 if first["recipe"]["resplit"] else None)
+            recipe = find(name)
+            data = load(recipe.data, resplit=0 if recipe.resplit else None)
             tested = evaluate(runs.trained(name, folder=folder), data.test)
             figures["confusion"] = _png(plots.confusion(tested, data.classes))
             figures["mistakes"] = _png(plots.mistakes(tested, data.test))
@@ -75,7 +78,7 @@ def _row(record: runs.Record) -> dict[str, str]:
     }
 
 
-def _samples(tested: Report, images, n: int = 20) -> plt.Axes:
+def _samples(tested: Report, images: Tensor, n: int = 20) -> plt.Axes:
     titles = [f"{tested.predictions[i]} {100 * tested.confidence[i]:.0f}%" for i in range(n)]
     return plots.digits(images[:n], titles, columns=10)
 
