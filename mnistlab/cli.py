@@ -134,7 +134,9 @@ class Train:
         if self.seeds is not None:
             if self.set or self.quick:
                 raise ValueError("records keep their recipe: --seeds goes with no --set or --quick")
-            known = runs.train_seeds(self.name, self.seeds, workers=self.workers, watch=self.watch)
+            known = runs.train_seeds(
+                self.name, self.seeds, workers=self.workers, on=self.on, watch=self.watch
+            )
             show([summary(known)], self.json)
             return
         self.train(override(find(self.name), self.set))

@@ -211,6 +211,20 @@ def test_python_m_mnistlab_trains_and_saves_weights_that_load(tmp_path, mnist):
     assert report.accuracy > 0.85
 
 
+def test_seeds_are_trained_as_the_switches_say(command, monkeypatch):
+    asked = []
+
+    def train_seeds(name, seeds, **switches):
+        asked.append((name, seeds, switches))
+        return ml.results("dense-8k")
+
+    monkeypatch.setattr(cli.runs, "train_seeds", train_seeds)
+    switches = ("--on", "ray", "--workers", 3, "--watch")
+    code, out, _ = command("train", "dense-8k", "--seeds", 10, *switches)
+    assert code == 0 and asked == [("dense-8k", 10, {"workers": 3, "on": "ray", "watch": True})]
+    assert re.search(r"^dense-8k +Dense +8,470", out, re.M)
+
+
 def test_report_writes_a_page_and_names_it(command, tmp_path):
     code, out, _ = command("report", "dense-8k", "--out", tmp_path / "new" / "page.html")
     assert code == 0 and out.strip() == str(tmp_path / "new" / "page.html")

@@ -4,15 +4,10 @@ import math
 import re
 from html.parser import HTMLParser
 
+import mnistlab as ml
 import pytest
-
-test_site = pytest.importorskip("test_site", reason="the site needs the `book` extra")
-import mnistlab as ml  # noqa: E402
-from mnistlab import cli, runs  # noqa: E402
-
-# The same fixtures, for this file.
-site, base = test_site.site, test_site.base
-browser, open_page = test_site.browser, test_site.open_page
+from mnistlab import cli, runs
+from test_site import RESIZE, SCROLL, Page
 
 PAGE = "book/results.html"
 OURS = ("sortable/sortable.min.js", "results/results.js", "results/results.css")
@@ -93,13 +88,13 @@ def test_chart_is_described_by_its_numbers(site):
 
 
 def test_no_other_page_loads_what_the_table_needs(site):
-    loads = {
-        str(path.relative_to(site))
-        for path in site.rglob("*.html")
-        if any(part in path.read_text() for part in OURS)
-    }
-    assert loads == {PAGE}
     assert all((site / part).is_file() for part in OURS)
+    loads = {}
+    for path in site.rglob("*.html"):
+        links = " ".join(Page(path.read_text()).links)
+        loads[str(path.relative_to(site))] = [part for part in OURS if part in links]
+    assert set(loads.pop(PAGE)) == set(OURS)
+    assert [page for page, found in loads.items() if found] == []
 
 
 # --- the page in a browser ----------------------------------------------------------------------
@@ -194,10 +189,10 @@ def test_the_table_in_use_is_accessible_and_scrolls_by_itself(open_page, base, w
     tab, log = open_page(PAGE, width, scheme)
     click(tab, "mean, %")
     tab.get_by_label("Filter").fill("cnn")
-    tab.wait_for_timeout(test_site.RESIZE)
+    tab.wait_for_timeout(RESIZE)
     found = Axe().run(tab, options={"preload": False}).response["violations"]
     assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
-    assert tab.evaluate(test_site.SCROLL) <= 0
+    assert tab.evaluate(SCROLL) <= 0
     table = ".results .pst-scrollable-table-container"
     assert tab.evaluate(f"(t => t.scrollWidth > t.clientWidth)(document.querySelector('{table}'))")
     assert [url for url in log.requests if not url.startswith((base, "data:", "blob:"))] == []

@@ -1,13 +1,7 @@
 """The site: built from the stored outputs, then used in a browser as a reader would use it."""
 
 import functools
-import http.server
-import os
 import re
-import shutil
-import subprocess
-import sys
-import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,33 +17,7 @@ DOCS = re.findall(r"^[ -]*(?:root|file): *(\S+)", (ROOT / "_toc.yml").read_text(
 PAGES = [f"{doc}.html" for doc in DOCS] + ["search.html", "genindex.html", "404.html"]
 BASE_URL = re.search(r"baseurl: *(\S+)", (ROOT / "_config.yml").read_text())[1]
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = [
-    "--no-sandbox",  # the tests may run as root
-    "--disable-gpu",
-    # Nothing that the browser does on its own account:
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
 # --- the build ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory) -> Path:
-    """The folder of the built pages, made anew: an old build would hide a failure."""
-    out = tmp_path_factory.mktemp("site")
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", ROOT, "-W", "-n"]
-    command += ["--keep-going", "--path-output", out]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    said = done.stdout + done.stderr
-    problems = [line for line in said.splitlines() if re.search("WARNING|ERROR|rror:", line)]
-    assert done.returncode == 0, "\n".join(problems) or said[-3000:]
-    return out / "_build" / "html"
 
 
 @pytest.mark.parametrize("page", [*PAGES, "index.html"])
@@ -118,67 +86,6 @@ def test_alt_text_is_not_a_file_name(parsed):
 
 
 # --- the browser --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def base(site):
-    """The address under which a thread of this process serves the site."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    handler = functools.partial(Quiet, directory=site)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the `test` extra")
-    names = [os.environ.get("CHROMIUM"), *BROWSERS]
-    path = next(filter(None, (shutil.which(name) for name in names if name)), None)
-    if path is None:
-        pytest.skip(f"no browser: install one of {', '.join(BROWSERS)}, or set CHROMIUM")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def open_page(browser, base):
-    """open_page(name, width, scheme): the page, loaded in a fresh profile, and a log of it."""
-    contexts = []
-
-    def open_page(name: str, width: int = 1280, scheme: str = "light"):
-        size = {"width": width, "height": 800}
-        contexts.append(browser.new_context(viewport=size, color_scheme=scheme))
-        tab = contexts[-1].new_page()
-        tab.set_default_timeout(20_000)
-        log = SimpleNamespace(requests=[], failures=[], errors=[])
-
-        def answered(response):
-            if response.status >= 400:
-                log.failures.append(f"{response.url}: {response.status}")
-
-        def said(message):
-            if message.type in ("error", "warning"):
-                log.errors.append(message.text)
-
-        tab.on("request", lambda request: log.requests.append(request.url))
-        tab.on("requestfailed", lambda r: log.failures.append(f"{r.url}: {r.failure}"))
-        tab.on("response", answered)
-        tab.on("console", said)
-        tab.on("pageerror", lambda error: log.errors.append(str(error)))
-        tab.goto(base + name, wait_until="networkidle")
-        return tab, log
-
-    yield open_page
-    for context in contexts:
-        context.close()
 
 
 SCROLL = "document.documentElement.scrollWidth - document.documentElement.clientWidth"

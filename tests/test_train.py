@@ -433,8 +433,8 @@ def test_arguments_of_a_recipe_change_the_preset(mnist):
     recipe = Recipe(model="tinymnistnet-16k", arguments={"activation": "silu"}, epochs=1)
     run = fit(recipe.model, few, recipe, progress=False)
     assert any(isinstance(layer, nn.SiLU) for layer in run.model)
-    with pytest.raises(ValueError, match="takes no 'actvation'; near it: activation"):
-        fit(recipe.model, few, replace(recipe, arguments={"actvation": "silu"}))
+    with pytest.raises(ValueError, match="takes no 'activatio'; near it: activation"):
+        fit(recipe.model, few, replace(recipe, arguments={"activatio": "silu"}))
 
 
 def test_resplit_deals_the_images_out_anew_for_each_seed(monkeypatch, tiny):

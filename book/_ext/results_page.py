@@ -1,0 +1,277 @@
+"""The results page: a table and a chart of all that is recorded, read anew by every build.
+
+The records are the only source, so the page cannot lag behind them. Records that no longer fit
+their recipe are an error of the build.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from itertools import cycle, pairwise
+from pathlib import Path
+
+import jinja2
+import matplotlib.pyplot as plt
+import mnistlab as ml
+from docutils import nodes
+from docutils.parsers.rst.directives.images import Figure
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+from mnistlab import cli, runs
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+MARKERS = "os^Dv<>"  # one more than there are colours, so that a pair stands for one family
+TABLE = jinja2.Template(
+    """\
+<div class="results full-width">
+<p class="results-filter" hidden>
+<label>Filter <input type="search" placeholder="cnn, weights averaged, …" size="24"></label>
+<span role="status"></span>
+</p>
+<div class="pst-scrollable-table-container" role="region" aria-label="Recorded results">
+<table class="table sortable asc n-last">
+<thead><tr>
+<th scope="col">recipe</th>
+{%- for title, text, value in columns %}
+<th scope="col" {%- if value %} class="number"{% endif %}
+{%- if title == "parameters" %} aria-sort="ascending"{% endif %}>{{ title }}</th>
+{%- endfor %}
+<th scope="col" class="no-sort">command</th>
+</tr></thead>
+<tbody>
+{%- for known in rows %}
+<tr id="{{ known.name }}" {%- if known.n == 1 %} class="try"{% endif %}>
+<th scope="row"><a href="#{{ known.name }}">{{ known.name }}</a></th>
+{%- for title, text, value in columns %}
+<td {%- if value %} class="number" data-sort="{{ value(known) if text(known) else "" }}"{% endif %}>
+{{- text(known) }}</td>
+{%- endfor %}
+<td><div class="highlight">
+{#- -#}
+<pre>mnistlab train {{ known.name }} --seeds {{ known.n }}</pre></div></td>
+</tr>
+{%- endfor %}
+</tbody>
+</table>
+</div>
+</div>
+""",
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+def family(known: ml.Results) -> str:
+    """The name of its class of models."""
+    return cli.summary(known)["family"]
+
+
+def epochs(known: ml.Results) -> int:
+    """Epochs of a run."""
+    return known.records[0]["epochs"]
+
+
+def scatter(known: ml.Results) -> str:
+    """Standard deviation over seeds, in percent; one seed has none."""
+    return f"{100 * known.sd:.2f}" if known.n > 1 else ""
+
+
+def interval(known: ml.Results) -> str:
+    """Interval of the mean, in percent; one seed has none."""
+    low, high = known.interval
+    return f"{100 * low:.2f} to {100 * high:.2f}" if known.n > 1 else ""
+
+
+def notes(known: ml.Results) -> str:
+    """What a reader who compares must know of a recipe."""
+    first = known.records[0]
+    recipe = ml.Recipe().describe() | first["recipe"]  # a field younger than the record
+    said = {
+        "one seed: a try": known.n == 1,
+        f"on {recipe['data']}": recipe["data"] != "mnist",
+        "all images split anew": recipe["resplit"],
+        "weights averaged": recipe["ema"] or recipe["swa_epochs"],
+        f"mean of {len(recipe['tta'])} rotated views": recipe["tta"],
+        f"trained on {first['device']}": first["device"] != "cpu",
+    }
+    return "; ".join(text for text, holds in said.items() if holds)
+
+
+# Between recipe and command: title, text, and the number to sort by (None: sort by the text).
+COLUMNS = [
+    ("parameters", lambda known: f"{known.params:,}", lambda known: known.params),
+    ("mean, %", lambda known: f"{100 * known.mean:.2f}", lambda known: known.mean),
+    ("sd", scatter, lambda known: known.sd),
+    ("95% interval", interval, lambda known: known.interval[0]),
+    ("n", lambda known: f"{known.n}", lambda known: known.n),
+    ("epochs", lambda known: f"{epochs(known)}", epochs),
+    ("seconds", lambda known: f"{known.seconds:,.0f}", lambda known: known.seconds),
+    ("MACs", lambda known: f"{known.macs:,}", lambda known: known.macs),
+    ("family", family, None),
+    ("notes", notes, None),
+]
+
+
+def comparable(recorded: Iterable[ml.Results]) -> list[ml.Results]:
+    """Those that a chart may set side by side: seeds enough for an interval, and MNIST's own test
+    images. The smallest first; of one size, the best first."""
+    found = []
+    for known in recorded:
+        recipe = known.records[0]["recipe"]
+        if known.n >= 3 and recipe["data"] == "mnist" and not recipe.get("resplit"):
+            found.append(known)
+    return sorted(found, key=lambda known: (known.params, -known.mean))
+
+
+def frontier(compared: Sequence[ml.Results]) -> list[ml.Results]:
+    """Those of `comparable` that nothing of their size or smaller beats."""
+    best, found = 0.0, []
+    for known in compared:
+        if known.mean > best:
+            best = known.mean
+            found.append(known)
+    return found
+
+
+def error(accuracy: float) -> float:
+    """In percent."""
+    return 100 * (1 - accuracy)
+
+
+def chart(compared: Sequence[ml.Results]) -> Axes:
+    """Test error against parameters: a colour and a marker for each family, names where there is
+    room.
+
+    Args:
+        compared: as `comparable` gives them.
+    """
+    _, ax = plt.subplots(figsize=(7.2, 5.4))
+    families: dict[str, list[ml.Results]] = {}
+    for known in compared:
+        families.setdefault(family(known), []).append(known)
+    looks = zip(cycle(ml.plots.COLOURS), cycle(MARKERS), strict=False)
+    look = dict(zip(families, looks, strict=False))
+    sizes = [known.params for known in compared]
+    points, bars = {}, {}
+    for i, known in enumerate(compared):
+        middle = sizes.index(known.params) + (sizes.count(known.params) - 1) / 2
+        x, y = known.params * 1.04 ** (i - middle), error(known.mean)  # one size: side by side
+        high, low = map(error, known.interval)
+        points[known.name], bars[known.name] = (x, y), ((x, low), (x, high))
+        colour, marker = look[family(known)]
+        ax.errorbar(x, y, [[y - low], [high - y]], fmt=marker, color=colour, capsize=3)
+    edge = [known.name for known in frontier(compared)]
+    stairs = [points[edge[0]]]
+    for name in edge[1:]:
+        x, y = points[name]
+        stairs += [(x, stairs[-1][1]), (x, y)]
+    ax.plot(*zip(*stairs, strict=True), ":", color=ml.plots.INK, zorder=1)
+    ax.set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="test error, %")
+    ax.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.7)
+    for axis, subs in ((ax.xaxis, (1, 2, 5)), (ax.yaxis, (1, 1.5, 2, 3, 4, 5, 7))):
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        axis.set_minor_locator(NullLocator())
+    handles = [ax.plot([], [], m, color=c, label=name)[0] for name, (c, m) in look.items()]
+    ax.figure.legend(handles=handles, loc="outside upper center", ncols=4)
+
+    ax.figure.canvas.draw()  # fixes the layout, hence the pixels
+    to_pixels = ax.transData.transform
+    taken = [Bbox(to_pixels(ends)).padded(1) for ends in pairwise(stairs)]
+    taken += [Bbox(to_pixels(ends)).padded(4) for ends in bars.values()]
+    taken += [Bbox([to_pixels(point)] * 2).padded(7) for point in points.values()]
+    largest = [max(own, key=lambda known: (known.params, known.mean)) for own in families.values()]
+    must = dict.fromkeys([*edge, *(known.name for known in largest)])
+    alone = [known.name for known in compared if sizes.count(known.params) == 1]
+    for name in dict.fromkeys([*must, *alone]):
+        write_name(ax, name, points[name], taken, name in must)
+    return ax
+
+
+def write_name(ax: Axes, name: str, point: Sequence[float], taken: list[Bbox], must: bool) -> None:
+    """Write a name beside its point, where it covers nothing of `taken`, and add it to that; if
+    there is no such place, where it covers least if it `must` be there, else not at all."""
+    text = ax.annotate(name, point, (0, 0), textcoords="offset points", va="center", fontsize=8.5)
+
+    def covered(place: tuple[int, int]) -> int:
+        text.set(position=place, ha="left" if place[0] > 0 else "right")
+        box = text.get_window_extent()
+        outside = box.x0 < ax.bbox.x0 or box.x1 > ax.bbox.x1
+        return box.count_overlaps(taken) + 10 * outside
+
+    places = [(aside, lift) for lift in (0, 9, -9, 18, -18, 27, -27) for aside in (9, -9)]
+    best = min(places, key=covered)  # the first of equals
+    if covered(best) and not must:  # the call also puts it there
+        text.remove()
+    else:
+        taken.append(text.get_window_extent())
+
+
+def describe(compared: Sequence[ml.Results]) -> str:
+    """The chart in words, for readers who do not see it."""
+    edge = [f"{known.name} ({error(known.mean):.2f}%)" for known in frontier(compared)]
+    return (
+        "Test error in percent against number of trainable parameters, both on logarithmic axes: "
+        f"{len(compared)} recipes of {len({family(known) for known in compared})} families. "
+        f"From small to large, those with the lowest error so far are {', '.join(edge)}. "
+        "The table below holds every number."
+    )
+
+
+class Reader(SphinxDirective):
+    """Reads the records once for a page, at each build."""
+
+    def read(self) -> list[ml.Results]:
+        self.env.note_reread()
+        if "results" not in self.env.temp_data:
+            try:
+                self.env.temp_data["results"] = [ml.results(name) for name in runs.recorded()]
+            except ValueError as problem:
+                raise self.error(str(problem)) from None
+        return self.env.temp_data["results"]
+
+
+class ResultsTable(Reader):
+    """```{results-table}```"""
+
+    def run(self) -> list[nodes.Node]:
+        rows = sorted(self.read(), key=lambda known: (known.params, known.name))
+        html = TABLE.render(columns=COLUMNS, rows=rows)
+        return [nodes.raw("", html, format="html", classes=["results"])]
+
+
+class ResultsChart(Reader, Figure):
+    """```{results-chart}```, with the caption as its content."""
+
+    required_arguments = optional_arguments = 0
+
+    def run(self) -> list[nodes.Node]:
+        compared = comparable(self.read())
+        if not compared:
+            raise self.error("no recipe has three seeds yet, so there is nothing to draw")
+        path = Path(self.env.doctreedir, "results.svg")
+        with plt.rc_context():
+            ml.plots.style()
+            figure = chart(compared).figure
+            figure.savefig(path)
+            plt.close(figure)
+        self.arguments = ["/" + os.path.relpath(path, self.env.srcdir)]
+        self.options["alt"] = describe(compared)
+        return super().run()
+
+
+def add_scripts(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
+    """Give the page that holds the table what sorts, filters and styles it."""
+    if doctree and any("results" in raw["classes"] for raw in doctree.findall(nodes.raw)):
+        app.add_css_file("../results/results.css")
+        app.add_js_file("../sortable/sortable.min.js", loading_method="defer")
+        app.add_js_file("../results/results.js", type="module")
+
+
+def setup(app: Sphinx) -> dict:
+    """Called by Sphinx."""
+    app.add_directive("results-table", ResultsTable)
+    app.add_directive("results-chart", ResultsChart)
+    app.connect("html-page-context", add_scripts)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
