@@ -32,8 +32,8 @@ from .models import build, count_macs, count_parameters
 from .train import Recipe, Run, fit, pick_device, predict, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-# Keep freed memory rather than give it back and fault it in again: up to 40% of a run's time. Only
-# a new process reads it, and only glibc's.
+# Keep freed memory instead of giving it back and faulting it in again, as glibc does with large
+# tensors: a small net's step spends much of its time on that. Only a new process reads it.
 MALLOC = (
     "GLIBC_TUNABLES",
     "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
