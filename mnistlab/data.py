@@ -222,7 +222,7 @@ def load(
 
 
 @functools.cache
-def _load(name: str, root: Path, download: bool, resplit: int | None) -> Dataset:
+def _load(name: str, root: Path, download: bool, resplit: int | None = None) -> Dataset:
     source = SOURCES[name]
     if name == "mnist":
         arrays = [read_idx(ASSETS / file, md5) for file, md5 in MNIST_FILES.items()]

@@ -169,8 +169,9 @@ def train_seeds(
             for record, files in found:
                 for path, content in files.items():
                     write_atomically(folder.parent / path, content)
-                lines = [json.dumps(r) + "\n" for r in [*read(name, folder), record]]
-                write_atomically(folder / f"{name}.jsonl", "".join(lines).encode())
+                records = sorted([*read(name, folder), record], key=lambda r: r["seed"])
+                lines = "".join(json.dumps(r) + "\n" for r in records)
+                write_atomically(folder / f"{name}.jsonl", lines.encode())
                 _checkpoint(name, record["seed"]).unlink(missing_ok=True)
                 bar.set_postfix_str(f"seed {record['seed']}: {_percent(record['test']):.2f}%")
                 bar.update()
