@@ -100,7 +100,11 @@ def sweep(
             tune.with_resources(trial, {"cpu": 1}),
             param_space=space,
             tune_config=tune.TuneConfig(
-                metric="val_accuracy", mode="max", search_alg=search, num_samples=samples
+                metric="val_accuracy",
+                mode="max",
+                search_alg=search,
+                num_samples=samples,
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name=name,
