@@ -9,6 +9,7 @@ import ast
 import difflib
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from .data import Augment
 from .models import PRESETS
@@ -99,6 +100,14 @@ def find(name: str) -> Recipe:
     raise ValueError(f"unknown recipe {name!r}; near it: {', '.join(near)}")
 
 
+def literal(text: str) -> Any:
+    """The number, tuple or truth value that a text spells; a bare word stays a word."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     """Change fields of a recipe by `field=value`, typed and checked as the fields are.
 
@@ -123,10 +132,7 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         elif name == "loss":  # a name, or a function: tyro does not parse such a pair
             recipe = replace(recipe, loss=value)
         elif name.startswith("arguments."):
-            try:
-                arguments[name.removeprefix("arguments.")] = ast.literal_eval(value)
-            except (SyntaxError, ValueError):  # a bare word is a string
-                arguments[name.removeprefix("arguments.")] = value
+            arguments[name.removeprefix("arguments.")] = literal(value)
         else:
             fields += [f"--{name.replace('_', '-')}", *value.split(",")]
     typed = tyro.conf.FlagConversionOff[Recipe]

@@ -1,6 +1,5 @@
 """Search for a recipe's settings by Ray Tune, on the validation images alone."""
 
-import ast
 import json
 import math
 import os
@@ -141,7 +140,7 @@ def sweep(
 def _values(field: str, text: str) -> list[str] | tuple[float, float]:
     """ "0.05,0.1" -> its values; "0.01..0.3" -> the ends of a range."""
     if ".." not in text:
-        return [_literal(value) for value in text.split(",")]
+        return [recipes.literal(value) for value in text.split(",")]
     try:
         low, high = map(float, text.split(".."))
     except ValueError:
@@ -149,13 +148,6 @@ def _values(field: str, text: str) -> list[str] | tuple[float, float]:
     if not 0 < low < high:
         raise ValueError(f"{field}={text}: a range runs from above 0 upwards")
     return low, high
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):  # a bare word
-        return text
 
 
 def _settings(config: Mapping[str, Any]) -> list[str]:
