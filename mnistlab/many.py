@@ -1,7 +1,6 @@
 """Many seeds in one pass: their weights stacked, one call of the model for all of them.
 
-A GPU is idle for most of a small model's step. Ten models stacked take little longer than one.
-On a CPU, which is not idle, processes side by side are quicker.
+Meant for a GPU, of which one small model uses little. On a CPU, processes side by side are quicker.
 """
 
 import math

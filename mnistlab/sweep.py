@@ -1,5 +1,6 @@
 """Search for a recipe's settings by Ray Tune, on the validation images alone."""
 
+import itertools
 import json
 import math
 import os
@@ -54,9 +55,9 @@ def sweep(
     ranges = [field for field, values in space.items() if isinstance(values, tuple)]
     if ranges and trials is None:
         raise ValueError(f"{ranges[0]} is a range: say how many trials")
-    for corner in zip(*(values[:1] for values in space.values()), strict=True):
-        tried = recipes.override(recipe, _settings(dict(zip(space, corner, strict=True))))
-        build(tried.model, **tried.arguments)  # what cannot run fails here
+    for values in itertools.product(*space.values()):  # what cannot run fails here; ends of ranges
+        tried = recipes.override(recipe, _settings(dict(zip(space, values, strict=True))))
+        build(tried.model, **tried.arguments)
     load(recipe.data)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # one bar instead of tables
     ray = start_ray()

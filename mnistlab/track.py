@@ -1,5 +1,6 @@
 """Look on while a run trains, with the trackers that people use: hooks for `fit(on_epoch=...)`."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,6 @@ def wandb(name: str, recipe: Recipe, seed: int, folder: Path = Path("tracked")) 
         import wandb
     except ImportError:
         raise _missing() from None
-    import os
-
     folder.mkdir(parents=True, exist_ok=True)
     run = wandb.init(
         project="mnistlab",

@@ -44,6 +44,7 @@ def test_every_combination_then_a_range_are_tried_and_kept(quickest, tmp_path):
         ({"lr": "0.1..0.01"}, 3, "a range runs from above 0 upwards"),
         ({"lr": "a..b"}, 3, "write a range as low..high"),
         ({"augment": "wild"}, None, "one of none, mild"),
+        ({"augment": "none,wild"}, None, "one of none, mild"),
         ({"arguments.hiddne": "3,4"}, None, "linear-8k takes no 'hiddne'"),
     ],
 )
