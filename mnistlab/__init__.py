@@ -14,7 +14,7 @@ from . import _torchvision, data, models, train  # noqa: F401  the first before 
 from .data import Augment, DataError, Dataset, Split, load, rotations
 from .evaluate import Comparison, Report, Summary, compare, evaluate, wilson
 from .models import build
-from .runs import Results, results, trained
+from .runs import Results, recorded, results, trained
 from .train import Recipe, Run, fit, predict
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "plots",
     "predict",
+    "recorded",
     "results",
     "rotations",
     "trained",

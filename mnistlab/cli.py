@@ -64,18 +64,27 @@ class Data:
 
 @dataclass
 class Models:
-    """List the presets: parameters, multiply-accumulates, source.
+    """List the presets: parameters, multiply-accumulates, source; or the layers of one.
 
-    Example: mnistlab models --json
+    Examples: mnistlab models --json / mnistlab models convnext-8k
     """
 
+    name: tyro.conf.Positional[str | None] = None
+    """Of a preset: print its layers, the shape of what leaves each, and their parameters."""
     json: bool = False
     """Print JSON, for a program to read."""
 
     def run(self) -> None:
-        from .models import catalogue
+        from .models import build, catalogue
 
-        show(catalogue(), self.json)
+        if self.name is None:
+            show(catalogue(), self.json)
+            return
+        from torchinfo import summary
+
+        columns = ("output_size", "kernel_size", "num_params")
+        model = build(self.name).eval()
+        print(summary(model, (1, 1, 28, 28), col_names=columns, device="cpu", verbose=0))
 
 
 @dataclass

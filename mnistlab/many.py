@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .data import Dataset, batches
 from .models import build
-from .train import Recipe, Run, make_loss, make_optimizer, make_schedule, pick_device
+from .train import LOSSES, Recipe, Run, make_loss, make_optimizer, make_schedule, pick_device
 
 # What a stack does not do: such a recipe is run seed by seed.
 PLAIN = ("ema", "swa_epochs", "clip", "compile", "precision", "target", "resplit")
@@ -25,7 +25,8 @@ def can_stack(recipe: Recipe) -> bool:
     """Whether `fit_many` can run this recipe."""
     default = Recipe()
     plain = all(getattr(recipe, name) == getattr(default, name) for name in PLAIN)
-    return plain and recipe.schedule != "plateau" and not callable(recipe.loss)
+    stacks = recipe.loss in LOSSES and recipe.loss != "capsules"  # whose output is no tensor
+    return plain and stacks and recipe.schedule != "plateau"
 
 
 def fit_many(
@@ -52,7 +53,9 @@ def fit_many(
         FloatingPointError: a loss is no longer finite.
     """
     if not can_stack(recipe):
-        raise ValueError(f"fit_many takes no plateau, own loss, {', '.join(PLAIN)}: use fit")
+        raise ValueError(
+            f"fit_many takes no plateau, own loss, capsules, {', '.join(PLAIN)}: use fit"
+        )
     device = pick_device(device)
     train, val = data.train.to(device), data.val.to(device)
     batch_size = min(recipe.batch_size, len(train))

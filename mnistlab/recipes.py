@@ -42,6 +42,13 @@ PLAYGROUND = Recipe(
     channels_last=True,
 )
 
+# Of the modern families: what they share. Their learning rates follow from six tries each, like
+# those of the first ones: a convolutional net with SGD, the others with AdamW or Adam.
+ADAMW = Recipe(epochs=15, optimizer="adamw", lr=0.002, weight_decay=0.05)
+CAPSULES = Recipe(
+    epochs=15, optimizer="adam", lr=0.004, weight_decay=0.0, loss="capsules", channels_last=True
+)
+
 RECIPES = {
     "dense-8k": Recipe(model="dense-8k", epochs=15, lr=0.2),
     "dense-68k": Recipe(model="dense-68k", epochs=15, lr=0.05, augment=MILD),
@@ -49,6 +56,15 @@ RECIPES = {
     "cnn-8k": Recipe(model="cnn-8k", epochs=15, lr=0.2, channels_last=True),
     "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, channels_last=True),
     "simplecnn-421k": Recipe(model="simplecnn-421k", epochs=15, lr=0.05, channels_last=True),
+    **{
+        f"efficientnet-{size}": Recipe(
+            model=f"efficientnet-{size}", epochs=15, lr=0.1, channels_last=True
+        )
+        for size in ("8k", "68k")
+    },
+    **{f"vit-{size}": replace(ADAMW, model=f"vit-{size}") for size in ("8k", "68k")},
+    **{f"convnext-{size}": replace(ADAMW, model=f"convnext-{size}") for size in ("8k", "68k")},
+    **{f"capsules-{size}": replace(CAPSULES, model=f"capsules-{size}") for size in ("8k", "68k")},
     "cnn-8k-resplit": Recipe(model="cnn-8k", epochs=15, lr=0.2, channels_last=True, resplit=True),
     "tinymnistnet-sgd": replace(  # block A
         TINY,

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm.auto import tqdm
 
 from .data import Augment, Dataset, Split, batches, load
-from .models import build
+from .models import build, capsules
 
 CHOICES = {
     "optimizer": ("sgd", "adam", "adamw", "rmsprop"),
@@ -32,6 +32,7 @@ LOSSES = {
     "cross-entropy": F.cross_entropy,
     "mse": lambda logits, labels: F.mse_loss(logits, F.one_hot(labels, logits.shape[1]).float()),
     "margin": F.multi_margin_loss,  # Crammer & Singer 2001
+    "capsules": capsules.margin_loss,  # Sabour et al. 2017; of the output of capsule nets
 }
 LOOK_EVERY = 20  # batches between two looks at the loss: each look makes a GPU wait
 
@@ -64,9 +65,9 @@ class Recipe:
     gamma: float = 0.1  # what lr is multiplied by (step, plateau)
     patience: int = 2  # epochs without a lower validation loss (plateau)
     # a name, or a function (output, labels) -> scalar
-    loss: Literal["cross-entropy", "mse", "margin"] | Callable[[Any, Tensor], Tensor] = (
-        "cross-entropy"
-    )
+    loss: (
+        Literal["cross-entropy", "mse", "margin", "capsules"] | Callable[[Any, Tensor], Tensor]
+    ) = "cross-entropy"
     label_smoothing: float = 0.0  # of cross-entropy (Szegedy et al. 2016)
     augment: Augment = Augment()  # random changes to the training images
     clean_epochs: int = 0  # so many epochs at the end train without augmentation

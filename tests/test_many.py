@@ -60,13 +60,16 @@ def test_the_callers_random_state_is_left_alone(few, random_state_is_kept):
         {"target": 0.9},
         {"schedule": "plateau"},
         {"loss": torch.nn.functional.cross_entropy},
+        {"loss": "capsules"},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=lambda change: "-".join(str(part) for part in next(iter(change.items()))[:2])[:30],
 )
 def test_what_a_stack_does_not_do_is_refused(few, change):
     recipe = replace(RECIPE, **change)
     assert not can_stack(recipe) and can_stack(RECIPE)
-    with pytest.raises(ValueError, match=f"fit_many takes no plateau, own loss, {PLAIN[0]}"):
+    with pytest.raises(
+        ValueError, match=f"fit_many takes no plateau, own loss, capsules, {PLAIN[0]}"
+    ):
         fit_many(few, recipe, [0])
 
 

@@ -1,9 +1,13 @@
 """Architectures: exact sizes, shapes, and that each of them can learn."""
 
+import inspect
+from dataclasses import replace
+
 import mnistlab as ml
 import pytest
 import torch
-from mnistlab.models import CNN, PRESETS, Dense, catalogue, count_macs, count_parameters
+from mnistlab.models import CNN, PRESETS, catalogue, count_macs, count_parameters
+from mnistlab.models.capsules import CapsuleNet
 from mnistlab.models.layers import norm_layer
 from torch import nn
 
@@ -24,7 +28,36 @@ EXACT = {
     "bottleneck-7k": 7_602,
     "separable-4k": 4_560,
     "separable-9k": 9_730,
+    "efficientnet-8k": 7_925,
+    "mobilenet-8k": 7_892,
+    "shufflenet-8k": 7_872,
+    "ghostnet-8k": 7_872,
+    "senet-8k": 7_847,
+    "efficientnet-22k": 21_880,  # the template's three counts
+    "efficientnet-66k": 66_016,
+    "efficientnet-68k": 66_588,
+    "efficientnet-210k": 209_168,
+    "efficientnet-4m": 4_019_782,  # B0's 5,288,548 with 1 channel instead of 3, 10 classes of 1000
+    "efficientnet-7m": 7_155_082,
+    "vit-8k": 7_930,
+    "vit-38k": 37_802,
+    "vit-68k": 69_330,
+    "vit-210k": 210_122,
+    "vit-821k": 821_642,
+    "convnext-8k": 7_732,
+    "convnext-18k": 18_002,
+    "convnext-68k": 67_922,
+    "convnext-73k": 73_402,
+    "convnext-288k": 288_118,
+    "convnext-725k": 724_938,
+    "capsules-8k": 7_372,
+    "capsules-68k": 67_416,
+    "capsules-162k": 161_824,  # as the paper says
+    "capsules-8m": 8_215_568,
+    "capscontrol-173k": 173_164,
+    "hvc-68k": 68_260,
 }
+FAMILIES = ("dense", "cnn", "efficientnet", "vit", "convnext", "capsules")
 
 
 def test_every_preset_has_its_exact_number_of_parameters():
@@ -41,21 +74,25 @@ def test_the_catalogue_agrees_with_the_models():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_budget_in_a_name_is_the_size_to_within_a_thousand(name):
-    thousands = int(name.split("-")[1].removesuffix("k"))
-    assert abs(EXACT[name] / 1000 - thousands) < 1
+def test_the_budget_in_a_name_is_the_size_to_within_one_unit(name):
+    budget = name.split("-")[1]
+    unit = {"k": 1e3, "m": 1e6}[budget[-1]]
+    assert abs(EXACT[name] / unit - int(budget[:-1])) < 1
 
 
 def test_presets_compared_have_the_same_budget():
-    assert EXACT["cnn-8k"] < 8_000 and EXACT["cnn-8k"] < EXACT["dense-8k"]
-    assert abs(EXACT["cnn-68k"] / EXACT["dense-68k"] - 1) < 0.03
+    small = {name: size for name, size in EXACT.items() if name.endswith("-8k")}
+    assert [name for name, size in small.items() if size >= 8_000] == ["dense-8k"]  # the source's
+    for family in FAMILIES:
+        assert f"{family}-8k" in small
+        assert abs(EXACT[f"{family}-68k"] / 68_000 - 1) < 0.03
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize(("channels", "size", "classes"), [(1, 28, 10), (3, 32, 100)])
 def test_output_is_one_logit_a_class_for_grey_and_for_colour(name, channels, size, classes):
     arguments = {"in_channels": channels, "num_classes": classes}
-    if PRESETS[name].family is Dense:
+    if "image_size" in inspect.signature(PRESETS[name].family).parameters:
         arguments["image_size"] = size
     model = ml.build(name, **arguments).eval()
     assert model(torch.zeros(2, channels, size, size)).shape == (2, classes)
@@ -105,8 +142,20 @@ def test_macs_of_a_convolution_are_those_counted_by_hand():
     assert count_macs(conv, (3, 28, 28)) == positions * each
 
 
-def test_macs_of_the_linear_model_are_its_parameters():
-    assert count_macs(ml.build("linear-8k")) == 7_850  # torchinfo counts a bias as one each
+def test_macs_of_the_linear_model_are_its_weights():
+    assert count_macs(ml.build("linear-8k")) == 7_840
+
+
+def test_macs_of_a_transformer_are_those_counted_by_hand():
+    tokens, width, hidden = 49, 40, 80
+    linear = width * 3 * width + width * width + 2 * width * hidden  # each token
+    attention = 2 * tokens * width  # each token: with every key, and of every value
+    patches = tokens * 16 * width
+    assert count_macs(ml.build("vit-68k")) == 5 * tokens * (linear + attention) + patches + 400
+
+
+def test_macs_of_a_depthwise_convolution_are_counted_once_a_channel():
+    assert count_macs(nn.Conv2d(8, 8, 3, padding=1, groups=8), (8, 7, 7)) == 49 * 8 * 9
 
 
 def test_counting_macs_leaves_the_mode_as_it_was():
@@ -118,9 +167,18 @@ def test_counting_macs_leaves_the_mode_as_it_was():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_fits_64_images_to_the_last(name, mnist):
     few = mnist.train[:64]
+    capsules = issubclass(PRESETS[name].family, CapsuleNet)
     recipe = ml.Recipe(
-        epochs=800, batch_size=64, optimizer="adam", lr=0.003, schedule="constant", target=1.0
+        epochs=800,
+        batch_size=64,
+        optimizer="adam",
+        lr=0.003,
+        schedule="constant",
+        loss="capsules" if capsules else "cross-entropy",
+        target=1.0,
     )
+    if EXACT[name] > 1e6:  # seconds a step: few steps, and batch statistics counted anew at the end
+        recipe = replace(recipe, epochs=20, lr=0.001, swa_epochs=1, target=None)
     run = ml.fit(name, ml.Dataset("few", few, few, test=None), recipe, progress=False)
     assert run.history[-1]["val_accuracy"] == 1
 

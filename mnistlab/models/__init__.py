@@ -9,21 +9,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
+from .capsules import CapsControl, CapsNet, EfficientCapsNet, HVCNet
 from .cnn import CNN, FastCNN, SimpleCNN
+from .convnext import ConvNeXt
 from .dense import Dense
+from .efficientnet import EfficientNet
 from .tiny import BottleneckCNN, SeparableCNN, TinyMNISTNet
+from .vit import ViT
 
 __all__ = [
     "CNN",
     "PRESETS",
     "BottleneckCNN",
+    "CapsControl",
+    "CapsNet",
+    "ConvNeXt",
     "Dense",
+    "EfficientCapsNet",
+    "EfficientNet",
     "FastCNN",
+    "HVCNet",
     "SeparableCNN",
     "SimpleCNN",
     "TinyMNISTNet",
+    "ViT",
     "build",
     "catalogue",
     "count_macs",
@@ -32,6 +44,14 @@ __all__ = [
 
 TEMPLATE = "Lightning-Hydra-Template-Extended"
 PLAYGROUND = "MNIST Optimization Playground"
+
+# (expansion, channels, repeats, stride, kernel) of each stage. Behind the strided stem a map has
+# 14x14 positions, and 7x7 from the second stage on: less is left of a digit only by pooling.
+STAGES_8K = ((1, 8, 1, 1, 3), (3, 12, 1, 2, 5), (3, 16, 2, 1, 5))
+STAGES_68K = ((1, 16, 1, 1, 3), (4, 32, 2, 2, 5), (4, 40, 2, 1, 5))
+# (channels, kernel, stride) of each convolution below the capsules.
+TRUNK_8K = ((8, 5, 2), (12, 3, 1), (16, 3, 2), (16, 3, 1))
+TRUNK_68K = ((16, 5, 2), (32, 3, 1), (56, 3, 2), (64, 3, 1))
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,104 @@ PRESETS = {
         "lightweight CNN, MNIST with under 10k parameters",
         {"widths": (20, 40, 80, 40), "norm_depthwise": False, "bias": True, "dropout": 0.2},
     ),
+    "efficientnet-8k": Preset(
+        EfficientNet,
+        "ours: no rounding of channels to eights",
+        {"stages": STAGES_8K, "stem": 8, "head": 20, "divisor": 1},
+    ),
+    **{  # its cousins, in as many blocks, with channels that spend the same budget
+        f"{name}-8k": Preset(
+            EfficientNet,
+            source,
+            {
+                "stages": ((1, 8, 1, 1, 3), (3, a, 1, 2, kernel), (3, b, 2, 1, kernel)),
+                "stem": 8,
+                "head": 24,
+                "divisor": 1,
+                "block": block,
+            },
+        )
+        for name, block, a, b, kernel, source in (
+            ("mobilenet", "inverted", 12, 18, 5, "MobileNetV2; Sandler et al. 2018"),
+            ("shufflenet", "shuffle", 16, 22, 5, "ShuffleNet; Zhang et al. 2017"),
+            ("ghostnet", "ghost", 14, 20, 5, "GhostNet; Han et al. 2019"),
+            ("senet", "se", 11, 20, 3, "a CNN with gates; Hu et al. 2017"),
+        )
+    },
+    "efficientnet-22k": Preset(
+        EfficientNet,
+        f"{TEMPLATE}: 21,880 parameters",
+        {"squeeze": "expanded", "width": 0.002, "depth": 0.3},
+    ),
+    # Its text says width 0.043, whose 8.3 channels in the sixth stage its own rounding makes 16.
+    "efficientnet-66k": Preset(
+        EfficientNet,
+        f"{TEMPLATE}: 66,016 parameters",
+        {"squeeze": "expanded", "width": 0.0465, "depth": 0.7},
+    ),
+    "efficientnet-68k": Preset(
+        EfficientNet,
+        "ours: two strides instead of five",
+        {"stages": STAGES_68K, "stem": 16, "head": 192},
+    ),
+    "efficientnet-210k": Preset(
+        EfficientNet,
+        f"{TEMPLATE}: 210K parameters; width and depth are ours",
+        {"width": 0.266, "depth": 0.4},
+    ),
+    "efficientnet-4m": Preset(EfficientNet, "EfficientNet-B0; Tan & Le 2019"),
+    "efficientnet-7m": Preset(
+        EfficientNet, f"{TEMPLATE}: B0 with wide gates", {"squeeze": "expanded"}
+    ),
+    "vit-8k": Preset(ViT, "ours", {"width": 16, "depth": 3, "heads": 2, "pool": "mean"}),
+    "vit-38k": Preset(
+        ViT, f"{TEMPLATE}: 38K parameters", {"width": 32, "depth": 4, "pre_logits": True}
+    ),
+    "vit-68k": Preset(ViT, "ours", {"width": 40, "depth": 5, "heads": 2, "pool": "mean"}),
+    "vit-210k": Preset(
+        ViT,
+        "PyTorch-Scratch-Vision-Transformer-ViT: 210,122 parameters",
+        {"width": 64, "depth": 6, "pre_logits": True},
+    ),
+    "vit-821k": Preset(
+        ViT, f"{TEMPLATE}: 821K parameters", {"width": 128, "depth": 6, "pre_logits": True}
+    ),
+    "convnext-8k": Preset(ConvNeXt, "ours: two stages", {"dims": (8, 14), "depths": (2, 2)}),
+    "convnext-18k": Preset(
+        ConvNeXt, f"{TEMPLATE}: 18K parameters", {"dims": (4, 8, 16, 32), "depths": (1, 1, 1, 1)}
+    ),
+    "convnext-68k": Preset(ConvNeXt, "ours: two stages", {"dims": (16, 40), "depths": (1, 4)}),
+    "convnext-73k": Preset(
+        ConvNeXt, f"{TEMPLATE}: 73K parameters", {"dims": (8, 16, 32, 64), "depths": (1, 1, 2, 1)}
+    ),
+    "convnext-288k": Preset(
+        ConvNeXt,
+        f"{TEMPLATE}: 288K parameters",
+        {"dims": (12, 24, 48, 96), "depths": (2, 2, 4, 2)},
+    ),
+    "convnext-725k": Preset(
+        ConvNeXt,
+        f"{TEMPLATE}: 725K parameters",
+        {"dims": (16, 32, 64, 128), "depths": (3, 3, 6, 3)},
+    ),
+    "capsules-8k": Preset(
+        EfficientCapsNet,
+        "Mazzia et al. 2021, with a strided trunk",
+        {"layers": TRUNK_8K, "part_dim": 4, "pose_dim": 8, "padded": True},
+    ),
+    "capsules-68k": Preset(
+        EfficientCapsNet,
+        "Mazzia et al. 2021, with a strided trunk",
+        {"layers": TRUNK_68K, "padded": True},
+    ),
+    "capsules-162k": Preset(EfficientCapsNet, "Mazzia et al. 2021: 161,824 parameters"),
+    "capsules-8m": Preset(CapsNet, "Sabour et al. 2017: 8.2 million parameters"),
+    "capscontrol-173k": Preset(CapsControl, "the trunk of capsules-162k without capsules"),
+    "hvc-68k": Preset(
+        HVCNet,
+        "Byerly et al. 2020, its head alone",
+        {"layers": ((16, 5, 2), (32, 3, 1), (48, 3, 2), (52, 3, 1))},
+    ),
 }
 
 
@@ -108,10 +226,22 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, image_shape: tuple[int, int, int] = (1, 28, 28)) -> int:
-    """Multiply-accumulates for one image [C, H, W], as torchinfo counts them."""
-    from torchinfo import summary
+    """Multiply-accumulates for one image [C, H, W]: those of all convolutions and matrix products,
+    of attention and routing too. Biases, norms and activations are not counted.
 
-    return summary(model, (1, *image_shape), verbose=0, mode="eval", device="cpu").total_mult_adds
+    They are counted as the model runs. A count by layers, as torchinfo's, takes a linear layer for
+    one product per weight wherever it is, and leaves out products that are no layer.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # slow to load
+    from torch.utils.flop_counter import FlopCounterMode
+
+    was_training = model.training
+    counter = FlopCounterMode(display=False)
+    # The fused attention of the CPU is not counted, its parts are.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model.eval()(torch.zeros(1, *image_shape))
+    model.train(was_training)
+    return counter.get_total_flops() // 2  # a multiplication and an addition each
 
 
 def catalogue() -> list[dict[str, Any]]:

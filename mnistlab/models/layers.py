@@ -1,6 +1,6 @@
 """What the families share."""
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Layers(nn.Sequential):
@@ -39,3 +39,22 @@ def norm_layer(kind: str, channels: int) -> nn.Module:
         case "none":
             return nn.Identity()
     raise ValueError(f"norm={kind!r}: one of batch, layer, group, none")
+
+
+class StochasticDepth(nn.Module):
+    """Drop a residual branch, [N, ...], for a random part of the images (Huang et al. 2016).
+
+    While training, each image loses its branch with this probability, and the others' grow by
+    1 / (1 - probability), so that the mean stays. In eval mode nothing happens.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return branch
+        keep = 1 - self.probability
+        shape = (len(branch),) + (1,) * (branch.ndim - 1)
+        return branch * branch.new_empty(shape).bernoulli_(keep) / keep
