@@ -197,7 +197,7 @@ def summary(known: runs.Results) -> dict[str, Any]:
     first = known.records[0]
     return {
         "name": known.name,
-        "family": PRESETS[first["recipe"]["model"]].family.__name__,
+        "family": PRESETS[known.model].family.__name__,
         "params": known.params,
         "macs": known.macs,
         "n": known.n,
@@ -311,8 +311,8 @@ class Bench:
     Example: mnistlab bench --only overhead
     """
 
-    only: Literal["overhead", "dataloader", "to99"] | None = None
-    """Run one part and record nothing. Default: all of them, recorded."""
+    only: Literal["overhead", "dataloader", "to99", "mended", "presets"] | None = None
+    """Run one part; only that of the presets' times is then recorded. Default: all, recorded."""
 
     def run(self) -> None:
         from .bench import bench

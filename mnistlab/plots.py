@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .data import Split
 from .evaluate import Report
+from .runs import REFERENCE, results, speeds
 from .train import Run
 
 # Four of Okabe & Ito (2008) and two violets: each stands out from a light and a dark page (3:1),
@@ -218,3 +219,46 @@ def frontier(rows: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Ax
     ax.margins(x=0.3, y=0.08)  # room for the names
     ax.legend(loc="lower right")
     return ax
+
+
+def comparison(names: Sequence[str], *, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+    """Test error of recorded recipes, with the interval of its mean, against parameters, against
+    multiply-accumulates, and against measured time. A colour and a marker for each family.
+
+    Args:
+        names: of recipes, `<family>-<budget>`.
+        axes: three.
+    """
+    found = {name: results(name) for name in names}
+    times = speeds()
+    scales = {
+        "trainable parameters": lambda known: known.params,
+        "multiply-accumulates": lambda known: known.macs,
+        f"time of an image ({REFERENCE}: 1)": lambda known: times[known.model],
+    }
+    if axes is None:
+        axes = plt.subplots(1, 3, figsize=(7.4, 3.4), sharey=True)[1]
+    families = dict.fromkeys(name.rpartition("-")[0] for name in names)
+    for family, colour, marker in zip(families, cycle(COLOURS), cycle("os^Dv<>"), strict=False):
+        own = [known for name, known in found.items() if name.rpartition("-")[0] == family]
+        error = [100 * (1 - known.mean) for known in own]
+        high, low = zip(
+            *([100 * (1 - end) for end in known.interval] for known in own), strict=True
+        )
+        bars = [[y - below for y, below in zip(error, low, strict=True)]]
+        bars += [[above - y for y, above in zip(error, high, strict=True)]]
+        for ax, value in zip(axes, scales.values(), strict=True):
+            x = [value(known) for known in own]
+            ax.errorbar(
+                x, error, bars, fmt=f"{marker}-", lw=0.8, capsize=3, color=colour, label=family
+            )
+    for ax, label in zip(axes, scales, strict=True):
+        ax.set(xscale="log", yscale="log", xlabel=label)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.grid(True, axis="y")
+    axes[0].set_ylabel("test error, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    return axes

@@ -1,5 +1,6 @@
 """Run a recipe over seeds, remember each run in a line of JSON, and read the lines back."""
 
+import csv
 import datetime
 import hashlib
 import io
@@ -32,6 +33,8 @@ from .models import build, count_macs, count_parameters
 from .train import Recipe, Run, fit, pick_device, predict, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+SPEEDS = RESULTS / "speeds.csv"  # written by `mnistlab bench --only presets`
+REFERENCE = "cnn-8k"  # the preset whose time is 1
 # Keep freed memory instead of giving it back and faulting it in again, as glibc does with large
 # tensors: a small net's step spends much of its time on that. Only a new process reads it.
 MALLOC = (
@@ -57,6 +60,11 @@ class Results(Summary):
     @property
     def seeds(self) -> list[int]:
         return [record["seed"] for record in self.records]
+
+    @property
+    def model(self) -> str:
+        """The preset."""
+        return self.records[0]["recipe"]["model"]
 
     @property
     def params(self) -> int:
@@ -118,6 +126,16 @@ def stale(records: list[Record], recipe: Recipe) -> list[str]:
     now, default = recipe.describe(), Recipe().describe()
     then = [default | record["recipe"] for record in records]
     return [key for key in now if any(other[key] != now[key] for other in then)]
+
+
+def speeds(what: str = "inference") -> dict[str, float]:
+    """Measured time of each preset for one image on one thread, over that of `REFERENCE`.
+
+    Args:
+        what: "inference", or "training" (forward, backward and the optimiser's step).
+    """
+    with SPEEDS.open(newline="") as file:
+        return {row["name"]: float(row[what]) for row in csv.DictReader(file)}
 
 
 def train_seeds(

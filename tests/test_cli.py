@@ -87,6 +87,14 @@ def test_models_lists_the_catalogue(command):
     assert re.search(r"^cnn-8k +CNN +7,942 ", out, re.M)
 
 
+def test_models_with_a_name_prints_its_layers(command):
+    code, out, _ = command("models", "convnext-8k")
+    assert code == 0 and "ChannelNorm" in out
+    assert re.search(r"^Total params: 7,732$", out, re.M)
+    code, _, err = command("models", "convnext8k")
+    assert code == 1 and "near it: convnext-8k" in err and err.count("\n") == 1
+
+
 def test_data_says_what_is_in_a_data_set(command):
     code, out, _ = command("data")
     assert code == 0 and re.search(r"^train +55,000 +1x28x28$", out, re.M)

@@ -181,6 +181,22 @@ def test_frontier_draws_every_family_however_many():
     assert len(plots.frontier(rows).containers) == 9
 
 
+def test_comparison_draws_error_against_size_arithmetic_and_time():
+    names = ["dense-8k", "cnn-8k", "dense-68k"]
+    axes = plots.comparison(names)
+    dense, cnn = (container for container in axes[0].containers)
+    assert [dense.get_label(), cnn.get_label()] == ["dense", "cnn"]
+    large = ml.results("dense-68k")
+    x, y = (values[1] for values in dense.lines[0].get_data())
+    assert (x, y) == (large.params, 100 * (1 - large.mean))
+    (bars,) = dense.lines[2]
+    ends = sorted(bars.get_segments()[1][:, 1])
+    np.testing.assert_allclose(ends, sorted(100 * (1 - end) for end in large.interval))
+    assert axes[1].containers[0].lines[0].get_xdata()[1] == large.macs
+    assert axes[2].containers[1].lines[0].get_xdata()[0] == 1  # the reference itself
+    assert len(axes[0].figure.legends[0].get_texts()) == 2
+
+
 # --- colours ------------------------------------------------------------------------------------
 
 

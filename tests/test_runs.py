@@ -11,7 +11,8 @@ import mnistlab as ml
 import pytest
 import torch
 from filelock import FileLock
-from mnistlab import recipes, runs
+from mnistlab import bench, recipes, runs
+from mnistlab.models import PRESETS
 from mnistlab.recipes import RECIPES
 
 
@@ -187,6 +188,7 @@ KILLS = """
 import os, pathlib, signal, sys
 import mnistlab as ml
 from mnistlab import runs
+from mnistlab.models import PRESETS
 from mnistlab.recipes import RECIPES
 
 RECIPES["linear-8k"] = ml.Recipe(model="linear-8k", epochs=1, batch_size=512, lr=0.05)
@@ -236,6 +238,7 @@ def test_without_ray_the_answer_is_one_line(monkeypatch):
 SCRIPT = """
 import sys, pathlib, mnistlab as ml
 from mnistlab import runs
+from mnistlab.models import PRESETS
 from mnistlab.recipes import RECIPES
 RECIPES["linear-8k"] = ml.Recipe(model="linear-8k", epochs=6, batch_size=64, lr=0.05)
 if __name__ == "__main__":
@@ -260,3 +263,23 @@ def test_killed_and_called_again_it_ends_with_each_seed_once(tmp_path):
     lines = (tmp_path / "results" / "linear-8k.jsonl").read_text().splitlines()
     assert [json.loads(line)["seed"] for line in lines] == [0, 1]
     assert not list((tmp_path / "cache").rglob("*.pt"))
+
+
+def test_speeds_are_of_every_preset_but_the_largest_and_relative_to_one():
+    for what in ("inference", "training"):
+        known = runs.speeds(what)
+        assert known[runs.REFERENCE] == 1 and min(known.values()) > 0
+        large = {"efficientnet-4m", "efficientnet-7m", "capsules-8m"}
+        assert set(known) == set(PRESETS) - large
+
+
+def test_the_benchmark_of_presets_writes_the_record_that_speeds_reads(monkeypatch, tmp_path):
+    few = {name: PRESETS[name] for name in ("linear-8k", "cnn-8k", "capsules-8k")}
+    monkeypatch.setattr(bench, "PRESETS", few)
+    monkeypatch.setattr(bench, "SPEEDS", tmp_path / "speeds.csv")
+    monkeypatch.setattr(runs, "SPEEDS", tmp_path / "speeds.csv")
+    threads = torch.get_num_threads()
+    rows = bench.presets(rounds=2)
+    assert torch.get_num_threads() == threads
+    assert [row["name"] for row in rows] == list(few) == list(runs.speeds())
+    assert runs.speeds("training")["cnn-8k"] == 1
