@@ -54,7 +54,7 @@ RECIPES = {
     "dense-68k": Recipe(model="dense-68k", epochs=15, lr=0.05, augment=MILD),
     "simplecnn-8k": Recipe(model="simplecnn-8k", epochs=15, lr=0.05),
     "cnn-8k": Recipe(model="cnn-8k", epochs=15, lr=0.2, channels_last=True),
-    "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, channels_last=True),
+    "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, augment=MILD, channels_last=True),
     "simplecnn-421k": Recipe(model="simplecnn-421k", epochs=15, lr=0.05, channels_last=True),
     **{
         f"efficientnet-{size}": Recipe(
