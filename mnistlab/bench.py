@@ -298,8 +298,6 @@ def presets(rounds: int = 7) -> list[Row]:
     book's charts of accuracy against time read this record."""
     images = torch.randn(128, 1, 28, 28)
     labels = torch.arange(128) % 10
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     work = {}
     for name in PRESETS:
         models = [build(name), build(name).to(memory_format=torch.channels_last)]
@@ -312,7 +310,6 @@ def presets(rounds: int = 7) -> list[Row]:
         for name, layouts in work.items():  # the quicker memory layout counts
             seconds = [[_seconds(step, 2) for step in steps] for steps in layouts]
             taken[name].append([min(pair) for pair in zip(*seconds, strict=True)])
-    torch.set_num_threads(threads)
     rows = []
     for name, own in taken.items():
         pairs = list(zip(own, taken[REFERENCE], strict=True))[1:]  # the first round warms up
@@ -349,10 +346,15 @@ def _training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable
 
 
 def _seconds(step: Callable[[], object], times: int) -> float:
-    started = time.perf_counter()
+    """Of the processor, on one thread: what else the machine does counts less so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.process_time()
     for _ in range(times):
         step()
-    return time.perf_counter() - started
+    seconds = time.process_time() - started
+    torch.set_num_threads(threads)
+    return seconds
 
 
 def _write(path: Path, rows: list[Row]) -> None:
