@@ -17,6 +17,7 @@ from .cnn import CNN, FastCNN, SimpleCNN
 from .convnext import ConvNeXt
 from .dense import Dense
 from .efficientnet import EfficientNet
+from .steps import STEPS, StepCNN
 from .tiny import BottleneckCNN, SeparableCNN, TinyMNISTNet
 from .vit import ViT
 
@@ -34,6 +35,7 @@ __all__ = [
     "HVCNet",
     "SeparableCNN",
     "SimpleCNN",
+    "StepCNN",
     "TinyMNISTNet",
     "ViT",
     "build",
@@ -119,7 +121,7 @@ PRESETS = {
             ("mobilenet", "inverted", 12, 18, 5, "MobileNetV2; Sandler et al. 2018"),
             ("shufflenet", "shuffle", 16, 22, 5, "ShuffleNet; Zhang et al. 2017"),
             ("ghostnet", "ghost", 14, 20, 5, "GhostNet; Han et al. 2019"),
-            ("senet", "se", 11, 20, 3, "a CNN with gates; Hu et al. 2017"),
+            ("senet", "se", 11, 19, 3, "a CNN with gates; Hu et al. 2017"),
         )
     },
     "efficientnet-22k": Preset(
@@ -178,6 +180,10 @@ PRESETS = {
         f"{TEMPLATE}: 725K parameters",
         {"dims": (16, 32, 64, 128), "depths": (3, 3, 6, 3)},
     ),
+    **{
+        f"step-{name}-8k": Preset(StepCNN, "from cnn-8k to convnext-8k; Liu et al. 2022", arguments)
+        for name, arguments in STEPS.items()
+    },
     "capsules-8k": Preset(
         EfficientCapsNet,
         "Mazzia et al. 2021, with a strided trunk",
