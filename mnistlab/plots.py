@@ -14,7 +14,7 @@ import torch
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
 from torch import Tensor, nn
 
 from .data import Split
@@ -252,13 +252,21 @@ def comparison(names: Sequence[str], *, axes: Sequence[Axes] | None = None) -> S
             ax.errorbar(
                 x, error, bars, fmt=f"{marker}-", lw=0.8, capsize=3, color=colour, label=family
             )
-    for ax, label in zip(axes, scales, strict=True):
-        ax.set(xscale="log", yscale="log", xlabel=label)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
+    for ax, (label, value) in zip(axes, scales.items(), strict=True):
+        ends = sorted(map(value, found.values()))
+        ax.set(xscale="log", yscale="log", xlabel=label, xlim=(ends[0] / 1.6, ends[-1] * 1.6))
+        ax.tick_params(axis="x", labelsize=7.5)
+        for axis, subs in ((ax.xaxis, (1, 3)), (ax.yaxis, (1, 1.5, 2, 3, 5, 7))):
+            axis.set_major_locator(LogLocator(subs=subs))
+            axis.set_major_formatter(FuncFormatter(_short))
+            axis.set_minor_locator(NullLocator())
         ax.grid(True, axis="y")
     axes[0].set_ylabel("test error, %")
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].figure.legend(handles, labels, loc="outside upper center", ncols=4)
     return axes
+
+
+def _short(value: float, _: int = 0) -> str:
+    """30_000 -> "30k", 0.3 -> "0.3"."""
+    return EngFormatter(sep="")(value) if value >= 1_000 else f"{value:g}"
