@@ -64,7 +64,14 @@ RECIPES = {
     },
     **{f"vit-{size}": replace(ADAMW, model=f"vit-{size}") for size in ("8k", "68k")},
     **{f"convnext-{size}": replace(ADAMW, model=f"convnext-{size}") for size in ("8k", "68k")},
-    **{f"capsules-{size}": replace(CAPSULES, model=f"capsules-{size}") for size in ("8k", "68k")},
+    **{
+        f"capsules-{size}": replace(CAPSULES, model=f"capsules-{size}")
+        for size in ("8k", "68k", "162k", "8m")
+    },
+    **{
+        name: replace(CAPSULES, model=name, loss="cross-entropy")
+        for name in ("capscontrol-173k", "hvc-68k")
+    },
     "cnn-8k-resplit": Recipe(model="cnn-8k", epochs=15, lr=0.2, channels_last=True, resplit=True),
     "tinymnistnet-sgd": replace(  # block A
         TINY,

@@ -258,6 +258,8 @@ def fit(
         model = build(model, **recipe.arguments) if isinstance(model, str) else model
         model = model.to(device)
         _check(model, data)
+        if isinstance(model, capsules.CapsuleNet) and recipe.loss in {*LOSSES} - {"capsules"}:
+            raise ValueError(f"loss={recipe.loss!r}: a capsule net trains with loss='capsules'")
         loop = _Loop(model, data, recipe, seed, device)
         history = loop.resume(checkpoint)
         with tqdm(

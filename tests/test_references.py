@@ -7,7 +7,9 @@ from functools import partial
 import mnistlab as ml  # before torchvision
 import pytest
 import torch
+from mnistlab import recipes
 from mnistlab.models import (
+    PRESETS,
     EfficientNet,
     capsules,
     convnext,
@@ -325,6 +327,19 @@ def test_a_capsule_net_gives_poses_to_the_loss_and_log_odds_to_the_reader(name):
         logits, poses = net.eval()(images), net.poses(images)
     torch.testing.assert_close(logits.sigmoid(), lengths(poses), atol=1e-4, rtol=1e-3)
     assert torch.equal(logits.argmax(1), lengths(poses).argmax(1))
+
+
+def test_a_capsule_net_is_refused_another_loss_before_it_trains(mnist):
+    few = ml.Dataset("few", mnist.train[:64], mnist.val[:64], test=None)
+    with pytest.raises(ValueError, match="a capsule net trains with loss='capsules'"):
+        ml.fit("capsules-8k", few, ml.Recipe(epochs=1), progress=False)
+    ml.fit("capsules-8k", few, ml.Recipe(epochs=1, loss=capsules.margin_loss), progress=False)
+
+
+def test_every_capsule_preset_has_a_recipe_with_its_loss():
+    for name, preset in PRESETS.items():
+        if issubclass(preset.family, capsules.CapsuleNet):
+            assert recipes.find(name).loss == "capsules"
 
 
 def test_the_decoder_draws_images_of_the_size_it_was_built_for():
