@@ -62,14 +62,6 @@ def random_state_is_kept():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """What needs the site runs in one process, which builds it once."""
-    for item in items:
-        if {"site", "base", "open_page"} & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group("site"))
-
-
 # --- the site: built from the stored outputs, and served ----------------------------------------
 
 ROOT = Path(__file__).parent.parent

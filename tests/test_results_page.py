@@ -9,6 +9,8 @@ import pytest
 from mnistlab import cli, runs
 from test_site import RESIZE, SCROLL, Page
 
+pytestmark = pytest.mark.xdist_group("site")  # one process builds it, once
+
 PAGE = "book/results.html"
 OURS = ("sortable/sortable.min.js", "results/results.js", "results/results.css")
 

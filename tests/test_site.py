@@ -9,6 +9,8 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("site")  # one process builds it, once
+
 pytest.importorskip("jupyter_book", reason="the site needs the `book` extra")
 
 ROOT = Path(__file__).parent.parent
