@@ -85,7 +85,7 @@ def site(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("site")
     command = [Path(sys.executable).with_name("jupyter-book"), "build", ROOT, "-W", "-n"]
     command += ["--keep-going", "--path-output", out]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     said = done.stdout + done.stderr
     problems = [line for line in said.splitlines() if re.search("WARNING|ERROR|rror:", line)]
     assert done.returncode == 0, "\n".join(problems) or said[-3000:]

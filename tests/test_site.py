@@ -9,7 +9,8 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("site")  # one process builds it, once
+# One process builds the site, once; axe reads a long page for minutes on a slow machine.
+pytestmark = [pytest.mark.xdist_group("site"), pytest.mark.timeout(900)]
 
 pytest.importorskip("jupyter_book", reason="the site needs the `book` extra")
 
