@@ -49,7 +49,7 @@ test: env unit nbval ## Run the unit tests, then every notebook as a test
 	@echo 'All tests passed'
 
 unit: env
-	$(call step,unit tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup)
+	$(call step,unit tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile)
 
 nbval: env
 	$(call step,notebooks as tests,$(QUIET) $(BIN)/python -m pytest $(NBVAL) notebooks)

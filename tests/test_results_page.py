@@ -9,8 +9,7 @@ import pytest
 from mnistlab import cli, runs
 from test_site import RESIZE, SCROLL, Page
 
-# One process builds the site, once; axe reads a long page for minutes on a slow machine.
-pytestmark = [pytest.mark.xdist_group("site"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)  # axe reads a long page for minutes on a slow machine
 
 PAGE = "book/results.html"
 OURS = ("sortable/sortable.min.js", "results/results.js", "results/results.css")

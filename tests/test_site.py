@@ -9,8 +9,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
 
-# One process builds the site, once; axe reads a long page for minutes on a slow machine.
-pytestmark = [pytest.mark.xdist_group("site"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)  # axe reads a long page for minutes on a slow machine
 
 pytest.importorskip("jupyter_book", reason="the site needs the `book` extra")
 
