@@ -247,12 +247,6 @@ def mended(data: Dataset, pairs: int = 7) -> Iterable[Row]:
                 block.grn.__class__ = PaperGRN
         return model
 
-    def last(model: nn.Module) -> nn.Module:
-        return model.to(memory_format=torch.channels_last)
-
-    def build_vit(heads: int) -> nn.Module:
-        return build("vit-68k", heads=heads)
-
     cases = {
         "GRN in fewer passes, convnext-68k": (
             lambda: paper(build("convnext-68k")),
@@ -260,9 +254,12 @@ def mended(data: Dataset, pairs: int = 7) -> Iterable[Row]:
         ),
         "channels last, efficientnet-68k": (
             lambda: build("efficientnet-68k"),
-            lambda: last(build("efficientnet-68k")),
+            lambda: build("efficientnet-68k").to(memory_format=torch.channels_last),
         ),
-        "2 heads of 20 for 5 of 8, vit-68k": (lambda: build_vit(5), lambda: build_vit(2)),
+        "2 heads of 20 for 5 of 8, vit-68k": (
+            lambda: build("vit-68k", heads=5),
+            lambda: build("vit-68k", heads=2),
+        ),
     }
     for name, makers in cases.items():
         steps = [_training_step(make(), images, data.train.labels[:128]) for make in makers]

@@ -77,13 +77,13 @@ class Models:
     def run(self) -> None:
         from .models import build, catalogue
 
-        if self.name is None:
-            show(catalogue(), self.json)
+        model = build(self.name).eval() if self.name else None  # an unknown name ends it here
+        if model is None or self.json:
+            show([row for row in catalogue() if self.name in (None, row["name"])], self.json)
             return
         from torchinfo import summary
 
         columns = ("output_size", "kernel_size", "num_params")
-        model = build(self.name).eval()
         print(summary(model, (1, 1, 28, 28), col_names=columns, device="cpu", verbose=0))
 
 

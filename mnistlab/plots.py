@@ -25,6 +25,7 @@ from .train import Run
 # Four of Okabe & Ito (2008) and two violets: each stands out from a light and a dark page (3:1),
 # and colour-blind readers can tell any two apart. Tests compute both.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A2BE2", "#9772FE")
+MARKERS = "os^Dv<>"  # one more than there are colours, so that a pair stands for one family
 INK = "#7f7f7f"  # grey: 4:1 against a white page, 5:1 against a black one
 # Zero is grey; away from it, blue and vermilion, as bright on light as on dark.
 DIVERGING = LinearSegmentedColormap.from_list("mnistlab", ["#0072B2", "#dcdcdc", "#D55E00"])
@@ -239,18 +240,21 @@ def comparison(names: Sequence[str], *, axes: Sequence[Axes] | None = None) -> S
     if axes is None:
         axes = plt.subplots(1, 3, figsize=(7.4, 3.4), sharey=True)[1]
     families = dict.fromkeys(name.rpartition("-")[0] for name in names)
-    for family, colour, marker in zip(families, cycle(COLOURS), cycle("os^Dv<>"), strict=False):
+    for family, colour, marker in zip(families, cycle(COLOURS), cycle(MARKERS), strict=False):
         own = [known for name, known in found.items() if name.rpartition("-")[0] == family]
-        error = [100 * (1 - known.mean) for known in own]
-        high, low = zip(
-            *([100 * (1 - end) for end in known.interval] for known in own), strict=True
-        )
-        bars = [[y - below for y, below in zip(error, low, strict=True)]]
-        bars += [[above - y for y, above in zip(error, high, strict=True)]]
+        error = 100 * (1 - np.array([known.mean for known in own]))
+        high, low = 100 * (1 - np.array([known.interval for known in own])).T
         for ax, value in zip(axes, scales.values(), strict=True):
             x = [value(known) for known in own]
             ax.errorbar(
-                x, error, bars, fmt=f"{marker}-", lw=0.8, capsize=3, color=colour, label=family
+                x,
+                error,
+                (error - low, high - error),
+                fmt=f"{marker}-",
+                lw=0.8,
+                capsize=3,
+                color=colour,
+                label=family,
             )
     for ax, (label, value) in zip(axes, scales.items(), strict=True):
         ends = sorted(map(value, found.values()))

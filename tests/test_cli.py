@@ -91,6 +91,8 @@ def test_models_with_a_name_prints_its_layers(command):
     code, out, _ = command("models", "convnext-8k")
     assert code == 0 and "ChannelNorm" in out
     assert re.search(r"^Total params: 7,732$", out, re.M)
+    _, out, _ = command("models", "convnext-8k", "--json")
+    assert [row["params"] for row in json.loads(out)] == [7_732]
     code, _, err = command("models", "convnext8k")
     assert code == 1 and "near it: convnext-8k" in err and err.count("\n") == 1
 

@@ -83,10 +83,11 @@ def test_the_catalogue_agrees_with_the_models():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_budget_in_a_name_is_the_size_to_within_one_unit_or_3_percent(name):
+def test_the_budget_in_a_name_is_the_size_to_within_one_unit_or_of_68k_3_percent(name):
     budget = name.split("-")[-1]
     unit = {"k": 1e3, "m": 1e6}[budget[-1]]
-    assert abs(EXACT[name] / unit - int(budget[:-1])) < max(1, 0.03 * int(budget[:-1]))
+    allowed = 0.03 * 68 if budget == "68k" else 1  # nets of 68k are within 3% of it
+    assert abs(EXACT[name] / unit - int(budget[:-1])) < allowed
 
 
 def test_presets_compared_have_the_same_budget():

@@ -21,7 +21,6 @@ from mnistlab import cli, runs
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-MARKERS = "os^Dv<>"  # one more than there are colours, so that a pair stands for one family
 TABLE = jinja2.Template(
     """\
 <div class="results full-width">
@@ -150,7 +149,7 @@ def chart(compared: Sequence[ml.Results]) -> Axes:
     families: dict[str, list[ml.Results]] = {}
     for known in compared:
         families.setdefault(family(known), []).append(known)
-    looks = zip(cycle(ml.plots.COLOURS), cycle(MARKERS), strict=False)
+    looks = zip(cycle(ml.plots.COLOURS), cycle(ml.plots.MARKERS), strict=False)
     look = dict(zip(families, looks, strict=False))
     sizes = [known.params for known in compared]
     points, bars = {}, {}

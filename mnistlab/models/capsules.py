@@ -117,7 +117,14 @@ class CapsuleNet(nn.Module):
     length of each pose, which is read as the probability that its class is there.
     """
 
-    def __init__(self, in_channels: int, image_size: int, num_classes: int, pose_dim: int, decoder):
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: int,
+        num_classes: int,
+        pose_dim: int,
+        decoder: Sequence[int],
+    ):
         super().__init__()
         layers, width = [], num_classes * pose_dim
         for hidden in decoder:
@@ -188,7 +195,9 @@ Trunk = Sequence[tuple[int, int, int]]
 EFFICIENT: Trunk = ((32, 5, 1), (64, 3, 1), (64, 3, 1), (128, 3, 2))
 
 
-def trunk(layers: Trunk, padded: bool, in_channels: int, image_size: int):
+def trunk(
+    layers: Trunk, padded: bool, in_channels: int, image_size: int
+) -> tuple[nn.Sequential, int]:
     """Convolutions, each with ReLU and batch normalisation, and the side of the maps that leave."""
     built, size = [], image_size
     for channels, kernel, stride in layers:

@@ -98,39 +98,40 @@ def mbconv(
     return Residual(nn.Sequential(*layers), _same(a, b, stride), drop)
 
 
-def inverted_residual(a, b, kernel=3, stride=1, expand=6, *, drop=0.0, **_) -> Residual:
+def inverted_residual(
+    a: int, b: int, kernel: Size = 3, stride: Size = 1, expand: int = 6, *, drop: float = 0.0
+) -> Residual:
     """MobileNetV2's block (Sandler et al. 2018): MBConv with ReLU6 and without the gate."""
     return mbconv(a, b, kernel, stride, expand, squeeze="none", drop=drop, activation=nn.ReLU6)
 
 
-def se_conv(a, b, kernel=3, stride=1, expand=1, *, drop=0.0, **_) -> Residual:
-    """A plain convolution with a gate: every channel sees every other (Hu et al. 2017)."""
+def se_conv(
+    a: int, b: int, kernel: Size = 3, stride: Size = 1, expand: int = 1, *, drop: float = 0.0
+) -> Residual:
+    """A plain convolution with a gate (Hu et al. 2017). It mixes all channels as it is, so it does
+    not widen them: `expand` is left aside."""
     branch = nn.Sequential(
         conv_norm(a, b, kernel, stride, activation=nn.ReLU), SqueezeExcitation(b, max(1, b // 4))
     )
     return Residual(branch, _same(a, b, stride), drop)
 
 
-class ChannelShuffle(nn.Module):
-    """Deal the channels of each group out to all groups: [N, g*c, H, W], read as c*g."""
-
-    def __init__(self, groups: int):
-        super().__init__()
-        self.groups = groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, channels, h, w = x.shape
-        dealt = x.view(n, self.groups, channels // self.groups, h, w).transpose(1, 2)
-        return dealt.reshape(n, channels, h, w)
-
-
-def shuffle_unit(a, b, kernel=3, stride=1, expand=1, *, groups=2, drop=0.0, **_) -> Residual:
+def shuffle_unit(
+    a: int,
+    b: int,
+    kernel: Size = 3,
+    stride: Size = 1,
+    expand: int = 1,
+    *,
+    groups: int = 2,
+    drop: float = 0.0,
+) -> Residual:
     """ShuffleNet's unit (Zhang et al. 2017): its 1x1 convolutions work in groups, and a shuffle
     carries information between them. Where it changes the shape it has no shortcut, as MBConv."""
     wide = a * expand
     branch = nn.Sequential(
         conv_norm(a, wide, groups=groups, activation=nn.ReLU),
-        ChannelShuffle(groups),
+        nn.ChannelShuffle(groups),
         conv_norm(wide, wide, kernel, stride, wide, activation=None),
         conv_norm(wide, b, groups=groups, activation=None),
     )
@@ -153,7 +154,9 @@ class Ghost(nn.Module):
         return torch.cat((primary, self.cheap(primary)), 1)[:, : self.channels]
 
 
-def ghost_block(a, b, kernel=3, stride=1, expand=6, *, drop=0.0, **_) -> Residual:
+def ghost_block(
+    a: int, b: int, kernel: Size = 3, stride: Size = 1, expand: int = 6, *, drop: float = 0.0
+) -> Residual:
     """GhostNet's bottleneck (Han et al. 2019): MBConv whose 1x1 convolutions are ghosts."""
     wide = a * expand
     branch = nn.Sequential(
@@ -197,7 +200,7 @@ class EfficientNet(Layers):
             equation 3) raises width, depth and the size of the image together.
         divisor: 8 in the paper. It is why a narrow net stays large: no layer has fewer channels.
         block: "mbconv", "inverted", "shuffle", "ghost" or "se".
-        squeeze: see `mbconv`.
+        squeeze: of "mbconv", see there.
         drop: stochastic depth of the last block; of the others in proportion to their place.
         dropout: probability, before the linear head.
 
@@ -225,6 +228,7 @@ class EfficientNet(Layers):
             raise ValueError(f"block={block!r}: one of {', '.join(BLOCKS)}")
         a = round_channels(stem * width, divisor)
         layers = [conv_norm(in_channels, a, 3, 2)]  # [N, stem, 14, 14]
+        gate = {"squeeze": squeeze} if block == "mbconv" else {}
         repeats = [math.ceil(repeat * depth) for _, _, repeat, _, _ in stages]
         for (expand, channels, _, stride, kernel), repeat in zip(stages, repeats, strict=True):
             b = round_channels(channels * width, divisor)
@@ -236,7 +240,7 @@ class EfficientNet(Layers):
                         kernel,
                         stride if i == 0 else 1,
                         expand,
-                        squeeze=squeeze,
+                        **gate,
                         drop=drop * (len(layers) - 1) / sum(repeats),
                     )
                 )
