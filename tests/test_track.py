@@ -1,6 +1,7 @@
 """Trackers: that they log what the run says, and send nothing."""
 
 import sys
+import time
 
 import mnistlab as ml
 import pytest
@@ -35,7 +36,11 @@ def test_wandb_logs_offline_unless_told_otherwise(few, tmp_path, monkeypatch):
     hook = track.wandb("linear-8k", RECIPE, 3, tmp_path)
     ml.fit("linear-8k", few, RECIPE, on_epoch=hook, progress=False)
     (logged,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    content = logged.read_bytes()
+    # The process that writes the file may do so a moment after finish() has returned.
+    deadline = time.monotonic() + 60
+    while (content := logged.read_bytes()).count(b"val_accuracy") < 2:
+        assert time.monotonic() < deadline, content
+        time.sleep(0.1)
     assert content.count(b"val_accuracy") >= 2 and b"label_smoothing" in content
 
 
