@@ -229,6 +229,9 @@ def comparison(names: Sequence[str], *, axes: Sequence[Axes] | None = None) -> S
     Args:
         names: of recipes, `<family>-<budget>`.
         axes: three.
+
+    Raises:
+        ValueError: a recipe has no records, or stale ones.
     """
     found = {name: results(name) for name in names}
     times = speeds()
