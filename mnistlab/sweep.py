@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,12 +31,13 @@ def sweep(
     """Try settings of a recipe, each trial one run on one core, and record them all.
 
     Trials run on the cluster at $RAY_ADDRESS, or on a local Ray without it. A killed worker's
-    trial is started again, three times at most.
+    trial is started again, three times at most. Each is recorded as it ends; of combinations,
+    those that are recorded already are left alone.
 
     Args:
         name: of a recipe.
-        over: field of the recipe -> values "0.05,0.1,0.2", or a range "0.01..0.3", searched on a
-            logarithmic scale.
+        over: field of the recipe -> values "0.05,0.1,0.2" or "(8,8),(6,6,6)", or a range
+            "0.01..0.3", searched on a logarithmic scale.
         trials: how many, proposed by Optuna's TPE sampler (Bergstra et al. 2011). Default: every
             combination of the values.
         seed: of the sampler and of every run.
@@ -58,6 +59,15 @@ def sweep(
     for values in itertools.product(*space.values()):  # what cannot run fails here; ends of ranges
         tried = recipes.override(recipe, _settings(dict(zip(space, values, strict=True))))
         build(tried.model, **tried.arguments)
+    path = folder / f"{name}.jsonl"
+    before = [json.loads(line) for line in path.open()] if path.exists() else []
+    rows = []  # of this sweep
+    if trials is None:
+        grid = [dict(zip(space, v, strict=True)) for v in itertools.product(*space.values())]
+        rows = [row for row in before if row["seed"] == seed and row["settings"] in grid]
+        grid = [settings for settings in grid if settings not in [r["settings"] for r in rows]]
+        if not grid:
+            return _ranked(rows)
     load(recipe.data)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # one bar instead of tables
     ray = start_ray()
@@ -66,26 +76,31 @@ def sweep(
 
     def trial(config: dict[str, Any]) -> None:
         """Runs on a worker."""
-        tried = recipes.override(recipe, _settings(config))
+        settings = config.get("grid", config)
+        tried = recipes.override(recipe, _settings(settings))
         run = fit(tried.model, tried.data, tried, seed=seed, progress=False)
         last = run.history[-1]
-        row = {key: last[key] for key in ("val_accuracy", "val_loss", "epoch")}
-        tune.report(row | {"train_seconds": run.seconds})
+        row = {key: last[key] for key in ("val_accuracy", "val_loss")}
+        tune.report({"settings": settings} | row | {"epochs": last["epoch"], "took": run.seconds})
 
-    class Progress(tune.Callback):
+    class Recorder(tune.Callback):
         def __init__(self, bar: tqdm):
             self.bar = bar
 
         def __getstate__(self) -> dict:  # Tune stores its callbacks; a bar cannot be stored
             return {}
 
-        def on_trial_complete(self, **_: Any) -> None:
+        def on_trial_complete(self, *, trial: Any, **_: Any) -> None:
+            last = trial.last_result
+            row = {k: last[k] for k in ("settings", "val_accuracy", "val_loss", "epochs")}
+            rows.append(row | {"seconds": last["took"], "seed": seed, "date": last["date"]})
+            before.append(rows[-1])
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in before).encode())
             self.bar.update()
 
     if trials is None:
-        total = math.prod(map(len, space.values()))
-        search, samples = None, 1
-        space = {field: tune.grid_search(values) for field, values in space.items()}
+        search, samples, total = None, 1, len(grid)
+        space = {"grid": tune.grid_search(grid)}
     else:
         search, samples, total = OptunaSearch(seed=seed), trials, trials
         space = {
@@ -110,38 +125,28 @@ def sweep(
                 name=name,
                 storage_path=scratch,
                 failure_config=tune.FailureConfig(max_failures=3),
-                callbacks=[Progress(bar)],
+                callbacks=[Recorder(bar)],
                 verbose=0,
             ),
         ).fit()
-        rows = [
-            {
-                "settings": result.config,
-                "val_accuracy": result.metrics["val_accuracy"],
-                "val_loss": result.metrics["val_loss"],
-                "epochs": result.metrics["epoch"],
-                "seconds": result.metrics["train_seconds"],
-                "seed": seed,
-                "date": result.metrics["date"],
-            }
-            for result in found
-            if not result.error
-        ]
     ray.shutdown()
-    path = folder / f"{name}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    write_atomically(
-        path, "".join(f"{line}\n" for line in [*lines, *map(json.dumps, rows)]).encode()
-    )
     if failed := [result.error for result in found if result.error]:
         raise ValueError(f"{len(failed)} of {len(found)} trials failed: {failed[0]}")
+    return _ranked(rows)
+
+
+def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["val_accuracy"], row["val_loss"]))
 
 
 def _values(field: str, text: str) -> list[str] | tuple[float, float]:
-    """ "0.05,0.1" -> its values; "0.01..0.3" -> the ends of a range."""
+    """ "0.05,0.1" or "(8,8),(6,6,6)" -> its values; "0.01..0.3" -> the ends of a range.
+
+    A tuple stays a text: Optuna and JSON have none.
+    """
     if ".." not in text:
-        return [recipes.literal(value) for value in text.split(",")]
+        values = re.split(r",(?![^(]*\))", text)  # at commas outside brackets
+        return [value if "(" in value else recipes.literal(value) for value in values]
     try:
         low, high = map(float, text.split(".."))
     except ValueError:

@@ -35,6 +35,19 @@ def test_every_combination_then_a_range_are_tried_and_kept(quickest, tmp_path):
     assert len(lines) == 6 and all("val_accuracy" in json.loads(line) for line in lines)
     assert "test" not in json.loads(lines[0])
 
+    # A sweep that was stopped: what is missing is made, the rest is left as it was.
+    (tmp_path / "linear-8k.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    again = sweep("linear-8k", {"lr": "0.001,0.1", "augment": "none,mild"}, folder=tmp_path)
+    kept = (tmp_path / "linear-8k.jsonl").read_text().splitlines()
+    assert kept[:3] == lines[:3] and len(kept) == 4
+    assert len(again) == 4 and all(json.loads(line) in again for line in kept)
+
+
+def test_values_of_tuples_are_told_apart():
+    assert module._values("arguments.widths", "(8,8),(6,6,6)") == ["(8,8)", "(6,6,6)"]
+    recipe = recipes.override(RECIPES["cnn-8k"], ["arguments.widths=(6,6,6)"])
+    assert recipe.arguments == {"widths": (6, 6, 6)}
+
 
 @pytest.mark.parametrize(
     ("over", "trials", "said"),
@@ -59,7 +72,7 @@ def test_each_tuned_recipe_is_the_best_of_its_tries_and_all_had_as_many():
     assert names
     for name in names:
         rows = [json.loads(line) for line in (module.SWEEPS / f"{name}.jsonl").open()]
-        assert len(rows) == 6
+        assert len(rows) == 6 and len({row["epochs"] for row in rows}) == 1
         best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-        settings = [f"{key}={value}" for key, value in best["settings"].items()]
+        settings = [f"{k}={v}" for k, v in best["settings"].items() if k != "epochs"]
         assert recipes.override(RECIPES[name], settings) == RECIPES[name]
