@@ -6,7 +6,7 @@ from dataclasses import replace
 import mnistlab as ml
 import pytest
 import torch
-from mnistlab.models import CNN, PRESETS, catalogue, count_macs, count_parameters
+from mnistlab.models import CNN, PRESETS, SharedCNN, catalogue, count_macs, count_parameters
 from mnistlab.models.capsules import CapsuleNet
 from mnistlab.models.layers import norm_layer
 from torch import nn
@@ -138,6 +138,33 @@ def test_build_overrides_a_presets_arguments():
 def test_cnn_needs_two_widths():
     with pytest.raises(ValueError, match="two widths or more"):
         CNN(widths=(8,))
+
+
+def test_a_cnn_of_another_stem_and_poolings_is_the_list_of_layers_that_it_says():
+    model = CNN(widths=(4, 6, 8), stem=(3, 1), pool_after=(0, 2))
+    assert count_parameters(model) == 9 * 4 + 9 * 4 * 6 + 9 * 6 * 8 + 2 * (4 + 6 + 8) + 9 * 10
+    sides = []
+    for layer in model[:5]:
+        layer.register_forward_hook(lambda *args: sides.append(args[2].shape[-1]))
+    model(torch.zeros(2, 1, 28, 28))
+    assert sides == [28, 14, 14, 14, 7]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_shared_convolution_is_the_same_layer_each_time(residual):
+    model = SharedCNN(width=4, uses=3, pool_after=(-1, 1), residual=residual).eval()
+    # Stem, one convolution for all uses, two parameters a channel for each use, head.
+    assert count_parameters(model) == (9 * 4 + 8) + 9 * 4 * 4 + 3 * 8 + 5 * 10
+    images = torch.rand(2, 1, 28, 28)
+    pool, x = nn.MaxPool2d(2), model.stem(images)
+    x = pool(x)
+    for use in range(3):
+        y = model.norms[use](model.shared(x)).clamp_min(0)
+        x = x + y if residual else y
+        x = pool(x) if use == 1 else x
+    torch.testing.assert_close(model(images), model.head(x.flatten(2).mean(2)))
+    with pytest.raises(ValueError, match="from -1 to uses - 1 = 2"):
+        SharedCNN(uses=3, pool_after=(3,))
 
 
 def test_only_trainable_parameters_are_counted():

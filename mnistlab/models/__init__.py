@@ -18,7 +18,7 @@ from .convnext import ConvNeXt
 from .dense import Dense
 from .efficientnet import EfficientNet
 from .steps import STEPS, StepCNN
-from .tiny import BottleneckCNN, SeparableCNN, TinyMNISTNet
+from .tiny import BottleneckCNN, SeparableCNN, SharedCNN, TinyMNISTNet
 from .vit import ViT
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "FastCNN",
     "HVCNet",
     "SeparableCNN",
+    "SharedCNN",
     "SimpleCNN",
     "StepCNN",
     "TinyMNISTNet",

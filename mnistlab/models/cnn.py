@@ -1,6 +1,7 @@
 """Convolutional nets: one with a wide linear layer at its end, one with global average pooling."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -61,13 +62,15 @@ class SimpleCNN(Layers):
 
 
 class CNN(Layers):
-    """A strided 5x5 stem, 3x3 convolutions, global average pooling (Lin et al. 2013), linear head.
+    """A stem, 3x3 convolutions, global average pooling (Lin et al. 2013), a linear head.
 
     Input [N, C, H, W], output logits [N, num_classes]. The stem's stride of 2 leaves a quarter of
-    the positions to compute; one max pooling after the second layer leaves a quarter of those.
+    the positions to compute; the max pooling after the second layer leaves a quarter of those.
 
     Args:
         widths: channels of the stem and of each 3x3 convolution after it, two or more.
+        stem: kernel and stride of the stem.
+        pool_after: indices of the widths whose layer a 2x2 max pooling follows.
         dropout: probability, before the head.
 
     Raises:
@@ -78,19 +81,20 @@ class CNN(Layers):
         self,
         widths: Sequence[int] = (32, 48, 56, 56),
         *,
+        stem: tuple[int, int] = (5, 2),
+        pool_after: Sequence[int] = (1,),
         in_channels: int = 1,
         num_classes: int = 10,
         dropout: float = 0.0,
     ):
         if len(widths) < 2:
             raise ValueError(f"CNN needs two widths or more, not {list(widths)}")
-        stem, first, *rest = widths
-        layers = [
-            conv_norm_relu(in_channels, stem, 5, stride=2),  # [N, stem, 14, 14]
-            conv_norm_relu(stem, first, 3),
-            nn.MaxPool2d(2),  # [N, first, 7, 7]
-        ]
-        layers += [conv_norm_relu(a, b, 3) for a, b in zip(widths[1:], rest, strict=False)]
+        layers = []
+        for i, (a, b) in enumerate(pairwise((in_channels, *widths))):
+            kernel, stride = stem if i == 0 else (3, 1)
+            layers.append(conv_norm_relu(a, b, kernel, stride))  # by default [N, b, 14, 14]
+            if i in pool_after:
+                layers.append(nn.MaxPool2d(2))  # then [N, b, 7, 7]
         super().__init__(
             *layers,
             nn.AdaptiveAvgPool2d(1),  # the mean of each feature map: [N, widths[-1], 1, 1]

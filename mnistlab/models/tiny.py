@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from .cnn import conv_norm_relu
 from .layers import ACTIVATIONS, Layers, norm_layer
 
 
@@ -153,3 +155,50 @@ class SeparableCNN(Layers):
             nn.Dropout(dropout),
             nn.Linear(widths[-1], num_classes, bias=bias),
         )
+
+
+class SharedCNN(nn.Module):
+    """One 3x3 convolution used again and again, as a recurrent net uses its weights over time.
+
+    Depth without parameters (Eigen et al. 2013; Liang & Hu 2015): each use has a batch
+    normalisation of its own, 2 * width parameters, and the convolution's 9 * width^2 are counted
+    once. Input [N, C, H, W], output logits [N, num_classes].
+
+    Args:
+        width: channels of all layers.
+        uses: of the shared convolution.
+        pool_after: uses that a 2x2 max pooling follows, counted from 0; the stem is -1.
+        residual: each use adds to its input instead of replacing it.
+
+    Raises:
+        ValueError: a pooling after a use that there is not.
+    """
+
+    def __init__(
+        self,
+        width: int = 8,
+        uses: int = 6,
+        pool_after: Sequence[int] = (1, 3),
+        *,
+        residual: bool = False,
+        in_channels: int = 1,
+        num_classes: int = 10,
+    ):
+        super().__init__()
+        if not set(pool_after) <= set(range(-1, uses)):
+            raise ValueError(f"pool_after={tuple(pool_after)}: from -1 to uses - 1 = {uses - 1}")
+        self.pool_after, self.residual = tuple(pool_after), residual
+        self.stem = conv_norm_relu(in_channels, width, 3)  # [N, width, H, W]
+        self.shared = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(uses))
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.pool(self.stem(images), -1)
+        for use, norm in enumerate(self.norms):
+            y = F.relu(norm(self.shared(x)))
+            x = self.pool(x + y if self.residual else y, use)
+        return self.head(x.mean((2, 3)))
+
+    def pool(self, x: Tensor, use: int) -> Tensor:
+        return F.max_pool2d(x, 2) if use in self.pool_after else x
