@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from . import recipes
 from .data import load
 from .models import build
-from .runs import RESULTS, start_ray
+from .runs import RESULTS, start_ray, teacher_of
 from .train import fit, write_atomically
 
 SWEEPS = RESULTS / "sweeps"
@@ -58,6 +58,7 @@ def sweep(
     for values in itertools.product(*space.values()):  # what cannot run fails here; ends of ranges
         tried = recipes.override(recipe, _settings(dict(zip(space, values, strict=True))))
         build(tried.model, **tried.arguments)
+        teacher_of(tried)
     load(recipe.data)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # one bar instead of tables
     ray = start_ray()
@@ -67,7 +68,8 @@ def sweep(
     def trial(config: dict[str, Any]) -> None:
         """Runs on a worker."""
         tried = recipes.override(recipe, _settings(config))
-        run = fit(tried.model, tried.data, tried, seed=seed, progress=False)
+        teacher = teacher_of(tried)
+        run = fit(tried.model, tried.data, tried, seed=seed, teacher=teacher, progress=False)
         last = run.history[-1]
         row = {key: last[key] for key in ("val_accuracy", "val_loss", "epoch")}
         tune.report(row | {"train_seconds": run.seconds})
