@@ -199,9 +199,10 @@ def _check_bits(bits: int) -> None:
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Names and values of what a model computes with, each once."""
+    """Names and values of what a model computes with, each once, by name: training may have changed
+    their order."""
     found = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in sorted(model.state_dict(keep_vars=True).items()):
         if value.is_floating_point():  # not the counts of batches
             found.setdefault(id(value), (name, value))
     return list(found.values())
@@ -263,11 +264,18 @@ def quantised(model: nn.Module, bits: int) -> Iterator[None]:
 
 
 def release(model: nn.Module) -> nn.Module:
-    """Make the weights that `quantised` gave to a model plain, in place; returns the model."""
+    """Make the weights that `quantised` gave to a model plain, in place; returns the model.
+
+    Not by torch's remove_parametrizations: it changes a class that copies of a model share.
+    """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):
-                parametrize.remove_parametrizations(module, name)
+            found = {name: (p.original, p()) for name, p in module.parametrizations.items()}
+            module.__class__ = type(module).__base__
+            del module.parametrizations
+            for name, (parameter, value) in found.items():
+                parameter.data = value.detach()
+                module.register_parameter(name, parameter)
     return model
 
 
