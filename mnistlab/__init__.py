@@ -10,7 +10,8 @@ print(ml.evaluate(run.model, data.val))
 import importlib
 from importlib.metadata import version
 
-from . import _torchvision, data, models, train  # noqa: F401  the first before torchvision
+# _torchvision has to come before torchvision.
+from . import _torchvision, compress, data, distill, models, train  # noqa: F401
 from .data import Augment, DataError, Dataset, Split, load, rotations
 from .evaluate import Comparison, Report, Summary, compare, evaluate, wilson
 from .models import build
@@ -30,6 +31,8 @@ __all__ = [
     "Summary",
     "build",
     "compare",
+    "compress",
+    "distill",
     "evaluate",
     "fit",
     "load",

@@ -169,6 +169,7 @@ class Train:
             data,
             recipe,
             seed=self.seed,
+            teacher=runs.teacher_of(recipe),
             device=self.device,
             checkpoint=self.checkpoint,
             on_epoch=hook,
@@ -305,6 +306,53 @@ class Report:
 
 
 @dataclass
+class Compress:
+    """Write the shipped weights of a recipe as a small file, and say what that costs.
+
+    Batch normalisation is folded into the layers before it, the weights are rounded, and the file
+    is read back: what is validated is the model that it holds.
+
+    Examples: mnistlab compress cnn-8k --bits 4 --out cnn-8k.bin / mnistlab compress cnn-68k --json
+    """
+
+    name: tyro.conf.Positional[str]
+    """Of a recipe whose weights are shipped."""
+    bits: int = 8
+    """Of a weight, 2 to 8."""
+    out: Path | None = None
+    """The file to write. Default: NAME-BITSbit.bin."""
+    json: bool = False
+    """Print JSON, for a program to read."""
+
+    def run(self) -> None:
+        from .compress import fold, pack, quantize, unpack
+        from .data import load
+        from .evaluate import evaluate
+        from .models import build, count_parameters
+        from .recipes import find
+
+        recipe, model = find(self.name), runs.trained(self.name)
+        path = self.out or Path(f"{self.name}-{self.bits}bit.bin")
+        small = quantize(fold(model), self.bits)
+        write_atomically(path, pack(small, self.bits))
+        val = load(recipe.data, resplit=0 if recipe.resplit else None).val
+        read = unpack(path.read_bytes(), build(recipe.model, **recipe.arguments))
+        before, packed, after = (evaluate(net, val) for net in (model, small, read))
+        if not packed.log_probs.equal(after.log_probs):
+            raise ValueError(f"{path} does not hold the model that was packed")
+        row = {
+            "name": self.name,
+            "bits": self.bits,
+            "bytes": path.stat().st_size,
+            "float32": 4 * count_parameters(model),
+            "val before": round(100 * before.accuracy, 2),
+            "val after": round(100 * after.accuracy, 2),
+            "file": str(path),
+        }
+        show([row], self.json)
+
+
+@dataclass
 class Bench:
     """Measure speed on this machine: the loop's overhead, and seconds to 99%.
 
@@ -327,6 +375,7 @@ Command = (
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Results, tyro.conf.subcommand("results")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Compress, tyro.conf.subcommand("compress")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 

@@ -18,7 +18,10 @@ from .models import build
 from .train import LOSSES, Recipe, Run, make_loss, make_optimizer, make_schedule, pick_device
 
 # What a stack does not do: such a recipe is run seed by seed.
-PLAIN = ("ema", "swa_epochs", "clip", "compile", "precision", "target", "resplit")
+PLAIN = (
+    *("ema", "swa_epochs", "clip", "compile", "precision", "target", "resplit"),
+    *("teacher", "weight_bits"),
+)
 
 
 def can_stack(recipe: Recipe) -> bool:

@@ -174,6 +174,7 @@ def train_seeds(
     with lock:
         if have := read(name, folder):
             results(name, folder)  # raises if they are stale
+        teacher_of(recipe)  # fails here if it must
         todo = [s for s in range(seeds) if s not in {record["seed"] for record in have}]
         load(recipe.data)  # downloads once, and fails here if it must
         jobs = [
@@ -268,6 +269,7 @@ def run_seed(
         data,
         recipe,
         seed=seed,
+        teacher=teacher_of(recipe),
         checkpoint=checkpoint,
         on_epoch=look if watch else None,
         progress=False,
@@ -314,6 +316,9 @@ def _record(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "history": run.history,
     }
+    if recipe.teacher:  # its weights, by their SHA-256
+        taught = read(recipe.teacher)
+        record["teacher"] = next(r["weights"] for r in taught if "weights" in r)
     if recipe.tta:  # the views count; what a single view gives stands beside them
         record["single"] = {split: record[split] for split in views}
         for split, images in views.items():
@@ -368,7 +373,9 @@ def trained(name: str, *, retrain: bool = False, folder: Path = RESULTS) -> nn.M
     """
     recipe = recipes.find(name)
     if retrain:
-        return fit(recipe.model, recipe.data, recipe, seed=0).model.cpu()
+        return fit(
+            recipe.model, recipe.data, recipe, seed=0, teacher=teacher_of(recipe)
+        ).model.cpu()
     record = next((r for r in read(name, folder) if "weights" in r), None)
     path = folder.parent / "weights" / f"{name}.safetensors"
     if record is None or not path.exists():
@@ -384,6 +391,15 @@ def trained(name: str, *, retrain: bool = False, folder: Path = RESULTS) -> nn.M
     model = build(recipe.model, **recipe.arguments)
     model.load_state_dict(load_weights(content))
     return model.eval()
+
+
+def teacher_of(recipe: Recipe) -> nn.Module | None:
+    """The model that teaches a recipe's student, where it names one.
+
+    Raises:
+        ValueError: its weights are not shipped.
+    """
+    return trained(recipe.teacher) if recipe.teacher else None
 
 
 def check(name: str, folder: Path = RESULTS) -> Iterator[str]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from . import recipes
 from .data import load
 from .models import build
-from .runs import RESULTS, start_ray
+from .runs import RESULTS, start_ray, teacher_of
 from .train import fit, write_atomically
 
 SWEEPS = RESULTS / "sweeps"
@@ -59,6 +59,7 @@ def sweep(
     for values in itertools.product(*space.values()):  # what cannot run fails here; ends of ranges
         tried = recipes.override(recipe, _settings(dict(zip(space, values, strict=True))))
         build(tried.model, **tried.arguments)
+        teacher_of(tried)
     path = folder / f"{name}.jsonl"
     before = [json.loads(line) for line in path.open()] if path.exists() else []
     rows = []  # of this sweep
@@ -78,7 +79,8 @@ def sweep(
         """Runs on a worker."""
         settings = config.get("grid", config)
         tried = recipes.override(recipe, _settings(settings))
-        run = fit(tried.model, tried.data, tried, seed=seed, progress=False)
+        teacher = teacher_of(tried)
+        run = fit(tried.model, tried.data, tried, seed=seed, teacher=teacher, progress=False)
         last = run.history[-1]
         row = {key: last[key] for key in ("val_accuracy", "val_loss")}
         tune.report({"settings": settings} | row | {"epochs": last["epoch"], "took": run.seconds})

@@ -1,6 +1,7 @@
 """The one training loop: a frozen Recipe goes in, a Run comes out."""
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import io
@@ -20,6 +21,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm.auto import tqdm
 
+from . import compress, distill
 from .data import Augment, Dataset, Split, batches, load
 from .models import build, capsules
 
@@ -81,6 +83,11 @@ class Recipe:
     compile: bool = False  # run the model through torch.compile
     channels_last: bool = False  # memory layout of convolutions: faster for most, not for all
     target: float | None = None  # stop once validation accuracy, 0..1, reaches this
+    teacher: str = ""  # distillation (Hinton et al. 2015): a recipe whose weights are shipped
+    temperature: float = 4.0  # softens what teacher and student say
+    hard: float = 0.1  # weight of `loss`, the teacher's is 1 - hard; at 0 no label is used
+    attention: float = 0.0  # weight of attention transfer (Zagoruyko & Komodakis 2017)
+    weight_bits: int = 0  # quantisation-aware training for weights of 2 to 8 bits; 0 is off
 
     def __post_init__(self):
         choices = CHOICES if callable(self.loss) else CHOICES | {"loss": tuple(LOSSES)}
@@ -90,11 +97,18 @@ class Recipe:
                 raise ValueError(f"{name}={value!r}: did you mean {near!r}? ({', '.join(known)})")
         ranges = {
             "at least 1": ("epochs", "batch_size", "step_epochs"),
-            "at least 0": ("weight_decay", "patience", "clean_epochs", "swa_epochs", "clip"),
-            "above 0": ("lr", "gamma"),
+            "at least 0": (
+                *("weight_decay", "patience", "clean_epochs", "swa_epochs", "clip", "attention"),
+            ),
+            "above 0": ("lr", "gamma", "temperature"),
             "in 0..1, below 1": ("momentum", "ema", "label_smoothing", "warmup"),
+            "in 0..1": ("hard",),
+            "0 for off, or 2 to 8": ("weight_bits",),
         }
-        tests = (lambda v: v >= 1, lambda v: v >= 0, lambda v: v > 0, lambda v: 0 <= v < 1)
+        tests = (
+            *(lambda v: v >= 1, lambda v: v >= 0, lambda v: v > 0, lambda v: 0 <= v < 1),
+            *(lambda v: 0 <= v <= 1, lambda v: v in (0, *compress.BITS)),
+        )
         for (words, names), holds in zip(ranges.items(), tests, strict=True):
             for name in names:
                 if not holds(getattr(self, name)):
@@ -111,6 +125,10 @@ class Recipe:
             raise ValueError("nesterov=True needs momentum above 0; plain SGD has nesterov=False")
         if self.target is not None and not 0 < self.target <= 1:
             raise ValueError(f"target={self.target}: an accuracy in 0..1, such as 0.99")
+        if self.attention and (not self.teacher or self.compile):
+            raise ValueError("attention is transferred from a teacher, and goes with no compile")
+        if self.teacher and self.loss == "capsules":
+            raise ValueError("a student gives logits: loss='capsules' goes with no teacher")
 
     def describe(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold; a loss by its name."""
@@ -216,6 +234,7 @@ def fit(
     recipe: Recipe | None = None,
     *,
     seed: int = 0,
+    teacher: nn.Module | None = None,
     device: torch.device | str | None = None,
     checkpoint: str | Path | None = None,
     on_epoch: Callable[[dict[str, Any], nn.Module], None] | None = None,
@@ -232,6 +251,8 @@ def fit(
         data: a Dataset, or its name.
         recipe: default `Recipe()`.
         seed: of the order of images, augmentation and dropout.
+        teacher: where the recipe names one, its model, such as `trained(recipe.teacher)`; a copy of
+            it is used, in eval mode.
         device: default the best there is.
         checkpoint: file written after each epoch. If it is there, training goes on from it and
             ends with the same weights as if it had never stopped.
@@ -249,6 +270,10 @@ def fit(
     device = pick_device(device)
     if recipe.precision == "bf16" and not has_bf16(device):
         raise ValueError(f"precision='bf16': this {device.type} has no such arithmetic; use 'fp32'")
+    if recipe.teacher and teacher is None:
+        raise ValueError(f"the recipe has a teacher: give teacher=ml.trained({recipe.teacher!r})")
+    if teacher is not None and not recipe.teacher:
+        raise ValueError("the recipe names no teacher: give it one, such as Recipe(teacher='mine')")
 
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -260,22 +285,27 @@ def fit(
         _check(model, data)
         if isinstance(model, capsules.CapsuleNet) and recipe.loss in {*LOSSES} - {"capsules"}:
             raise ValueError(f"loss={recipe.loss!r}: a capsule net trains with loss='capsules'")
-        loop = _Loop(model, data, recipe, seed, device)
-        history = loop.resume(checkpoint)
-        with tqdm(
-            total=recipe.epochs * loop.steps,
-            initial=len(history) * loop.steps,
-            unit="batch",
-            leave=False,
-            disable=not progress or bool(os.environ.get("TQDM_DISABLE")),  # notebooks ignore it
-        ) as bar:
-            while len(history) < recipe.epochs and not loop.reached_target(history):
-                history.append(loop.epoch(len(history) + 1, bar))
-                loop.save(checkpoint, history)
-                if on_epoch is not None:
-                    on_epoch(history[-1], loop.reported(len(history)))
+        if teacher is not None:
+            teacher = copy.deepcopy(teacher).to(device).eval()
+            _check_teacher(teacher, model, data.train[:2])
+        with compress.quantised(model, recipe.weight_bits):
+            loop = _Loop(model, data, recipe, seed, device, teacher)
+            history = loop.resume(checkpoint)
+            with tqdm(
+                total=recipe.epochs * loop.steps,
+                initial=len(history) * loop.steps,
+                unit="batch",
+                leave=False,
+                disable=not progress or bool(os.environ.get("TQDM_DISABLE")),  # notebooks ignore it
+            ) as bar:
+                while len(history) < recipe.epochs and not loop.reached_target(history):
+                    history.append(loop.epoch(len(history) + 1, bar))
+                    loop.save(checkpoint, history)
+                    if on_epoch is not None:
+                        on_epoch(history[-1], loop.reported(len(history)))
+        reported = compress.release(loop.reported(len(history)))  # an average is another module
     return Run(
-        loop.reported(len(history)).eval(),
+        reported.eval(),
         recipe,
         seed,
         history,
@@ -288,14 +318,22 @@ class _Loop:
     """The moving parts of one run."""
 
     def __init__(
-        self, model: nn.Module, data: Dataset, recipe: Recipe, seed: int, device: torch.device
+        self,
+        model: nn.Module,
+        data: Dataset,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        teacher: nn.Module | None = None,
     ):
         self.model, self.recipe, self.seed, self.device = model, recipe, seed, device
+        self.teacher = teacher  # no part of the run: not in its checkpoints
         self.train, self.val = data.train.to(device), data.val.to(device)
         self.batch_size = min(recipe.batch_size, len(self.train))
         self.steps = len(self.train) // self.batch_size
         if recipe.channels_last:
-            model.to(memory_format=torch.channels_last)
+            for net in filter(None, (model, teacher)):
+                net.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(model.parameters(), recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.steps)
         self.loss = make_loss(recipe)
@@ -321,6 +359,22 @@ class _Loop:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    def loss_of(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch: the recipe's, or a student's."""
+        recipe = self.recipe
+        if self.teacher is None:
+            return self.loss(self.net(images), labels)
+        return distill.objective(
+            self.net,
+            self.teacher,
+            images,
+            labels,
+            self.loss,
+            temperature=recipe.temperature,
+            hard=recipe.hard,
+            attention=recipe.attention,
+        )
+
     def reported(self, epoch: int) -> nn.Module:
         """What is validated after an epoch; after the last, the model that the run gives."""
         swa = self.recipe.swa_epochs and epoch == self.recipe.epochs
@@ -344,7 +398,7 @@ class _Loop:
         self.model.train()
         for step, (images, labels) in enumerate(stream, start=1):
             with self.autocast():
-                loss = self.loss(self.net(images), labels)
+                loss = self.loss_of(images, labels)
             self.optimizer.zero_grad()
             loss.backward()
             if recipe.clip:
@@ -402,7 +456,8 @@ class _Loop:
             return []
         try:
             saved = torch.load(path, map_location=self.device, weights_only=True)
-            identity, history = saved["identity"], saved["history"]
+            # A field that is younger than the checkpoint had its default then.
+            identity, history = Recipe().describe() | saved["identity"], saved["history"]
         except Exception as error:  # torch.load raises many kinds for a file that is not its own
             raise ValueError(f"{path} is not a checkpoint of fit(); remove it") from error
         differs = [key for key, value in self.identity.items() if identity.get(key) != value]
@@ -455,6 +510,16 @@ def _check(model: nn.Module, data: Dataset) -> None:
                 f"the {name} labels run from {labels.min()} to {labels.max()}, but the model "
                 f"has {logits.shape[1]} outputs, for labels 0 to {logits.shape[1] - 1}"
             )
+
+
+def _check_teacher(teacher: nn.Module, model: nn.Module, few: Split) -> None:
+    """Hold the teacher's output to the model's, before any training."""
+    try:
+        fits = predict(teacher, few).shape == predict(model, few).shape
+    except (AttributeError, RuntimeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError("the teacher does not give logits of the model's shape for these images")
 
 
 def make_loss(recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:

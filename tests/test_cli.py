@@ -12,7 +12,7 @@ from mnistlab import cli
 from mnistlab.recipes import RECIPES
 from safetensors.torch import load_file
 
-COMMANDS = ("data", "models", "train", "sweep", "results", "report", "bench")
+COMMANDS = ("data", "models", "train", "sweep", "results", "report", "compress", "bench")
 
 
 @pytest.fixture
@@ -63,7 +63,8 @@ def test_help_of_a_command_has_an_example_of_it(command, name):
 def test_the_examples_parse():
     import tyro
 
-    for kind in (cli.Data, cli.Models, cli.Train, cli.Sweep, cli.Results, cli.Report, cli.Bench):
+    kinds = (cli.Data, cli.Models, cli.Train, cli.Sweep, cli.Results, cli.Report, cli.Compress)
+    for kind in (*kinds, cli.Bench):
         (examples,) = re.findall(r"Examples?: (.*?)\n *\Z", kind.__doc__, re.S)
         for example in re.sub(r"\s+", " ", examples).split(" / "):
             arguments = example.removeprefix("mnistlab ").split()
@@ -137,6 +138,14 @@ def test_train_overrides_any_field_and_prints_json(command, few):
     assert len(record["history"]) == 1 and "test" not in record
 
 
+def test_train_takes_a_teacher_by_its_name(command, few):
+    changes = ("epochs=1", "teacher=dense-8k", "hard=0", "temperature=2")
+    code, out, _ = command("train", "linear-8k", "--set", *changes, "--json")
+    recipe = ml.Recipe(model="linear-8k", epochs=1, teacher="dense-8k", hard=0, temperature=2)
+    run = ml.fit("linear-8k", few, recipe, teacher=ml.trained("dense-8k"), progress=False)
+    assert code == 0 and json.loads(out)["val"]["loss"] == ml.evaluate(run.model, few.val).loss
+
+
 def test_train_keeps_a_checkpoint_and_goes_on_from_it(command, few, tmp_path):
     arguments = ["train", "linear-8k", "--set", "epochs=1", "--checkpoint", tmp_path / "c"]
     first, again = (command(*arguments, "--json")[1] for _ in range(2))
@@ -163,6 +172,9 @@ def test_data_that_is_not_to_be_had_is_answered_in_one_line(command, offline, tm
         (["train", "linear-8k", "--set", "lr=1e30"], "the loss is"),
         (["train", "linear-8k", "--checkpoint", "TMP"], "TMP"),
         (["train", "linear-8k", "--seeds", "2", "--quick"], "records keep their recipe"),
+        (["train", "linear-8k", "--set", "teacher=cnn9k"], "unknown recipe 'cnn9k'; near it: cnn-"),
+        (["compress", "linear-8k"], "no weights of 'linear-8k' are shipped"),
+        (["compress", "dense-8k", "--bits", "1"], "bits=1: must be in 2..8"),
         (["results", "linear-8k"], "no records of 'linear-8k'; make them: mnistlab train"),
     ],
 )
@@ -239,6 +251,18 @@ def test_report_writes_a_page_and_names_it(command, tmp_path):
     code, out, _ = command("report", "dense-8k", "--out", tmp_path / "new" / "page.html")
     assert code == 0 and out.strip() == str(tmp_path / "new" / "page.html")
     assert (tmp_path / "new" / "page.html").read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_compress_writes_a_file_that_holds_what_it_says(command, few, tmp_path):
+    path = tmp_path / "new" / "dense.bin"
+    code, out, _ = command("compress", "dense-8k", "--bits", 4, "--out", path, "--json")
+    (row,) = json.loads(out)
+    assert code == 0 and row["bytes"] == path.stat().st_size < 5_000 and row["float32"] == 33_880
+    for key, model in (
+        ("val before", ml.trained("dense-8k")),
+        ("val after", ml.compress.unpack(path.read_bytes(), ml.build("dense-8k"))),
+    ):
+        assert row[key] == round(100 * ml.evaluate(model, few.val).accuracy, 2)
 
 
 def test_sweep_prints_its_tries_the_best_first(command, monkeypatch):

@@ -58,6 +58,8 @@ def test_the_callers_random_state_is_left_alone(few, random_state_is_kept):
         {"swa_epochs": 1},
         {"clip": 1.0},
         {"target": 0.9},
+        {"teacher": "cnn-68k"},
+        {"weight_bits": 4},
         {"schedule": "plateau"},
         {"loss": torch.nn.functional.cross_entropy},
         {"loss": "capsules"},

@@ -656,6 +656,20 @@ def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path, change, named):
     assert path.read_bytes() == before
 
 
+def test_a_checkpoint_older_than_a_field_had_its_default(tiny, tmp_path, steps):
+    path, recipe = tmp_path / "c", Recipe(epochs=1)
+    fit(linear(), tiny, recipe, checkpoint=path, progress=False)
+    saved = torch.load(path, weights_only=True)
+    for field in ("teacher", "temperature", "hard", "attention", "weight_bits"):
+        del saved["identity"][field]
+    torch.save(saved, path)
+    steps.clear()
+    fit(linear(), tiny, recipe, checkpoint=path, progress=False)
+    assert steps == []
+    with pytest.raises(ValueError, match="another temperature; remove it"):
+        fit(linear(), tiny, replace(recipe, temperature=2.0), checkpoint=path, progress=False)
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\3\4 cut off"])
 def test_a_file_that_is_no_checkpoint_is_refused_and_kept(tiny, tmp_path, content):
     path = tmp_path / "c"
@@ -801,6 +815,11 @@ def test_cuda_trains_the_same_bit_for_bit(tiny):
         {"clip": -1.0},
         {"swa_epochs": -1},
         {"swa_epochs": 6},
+        {"temperature": 0.0},
+        {"hard": 1.1},
+        {"attention": -1.0},
+        {"weight_bits": 1},
+        {"weight_bits": 9},
         {"loss": "hinge"},
         {"target": 99.0},
         {"optimizer": "SGD"},

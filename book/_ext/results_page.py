@@ -91,6 +91,8 @@ def notes(known: ml.Results) -> str:
         f"on {recipe['data']}": recipe["data"] != "mnist",
         "all images split anew": recipe["resplit"],
         "weights averaged": recipe["ema"] or recipe["swa_epochs"],
+        f"taught by {recipe['teacher']}": recipe["teacher"],
+        f"weights of {recipe['weight_bits']} bits": recipe["weight_bits"],
         f"mean of {len(recipe['tta'])} rotated views": recipe["tta"],
         f"trained on {first['device']}": first["device"] != "cpu",
     }
