@@ -336,10 +336,10 @@ def attention(
     """
     ax = ax or plt.subplots(figsize=(2.4, 2.4))[1]
     (h, w), side = image.shape, round(len(share) ** 0.5)
-    heat = share.detach().cpu().view(side, side)
+    heat = share.detach().cpu().view(side, side).numpy()
     ax.imshow(heat, cmap="viridis", vmin=0, extent=(-0.5, w - 0.5, h - 0.5, -0.5))
-    image = image.cpu().float()
-    middle = (image.min() + image.max()).item() / 2
+    image = image.cpu().float().numpy()
+    middle = (image.min() + image.max()) / 2
     ax.contour(image, levels=[middle], colors="white", linewidths=0.8)
     if asking is not None:
         corner = (asking % side * w / side - 0.5, asking // side * h / side - 0.5)
@@ -362,11 +362,12 @@ def routing(
     """
     if axes is None:
         axes = plt.subplots(1, 2, figsize=(7, 2.6))[1]
+    shares = shares.detach().cpu().numpy()
     rounds, wholes, parts = shares.shape
     axes[0].imshow(shares[at - 1], cmap="cividis", vmin=0, vmax=1, aspect="auto")
     axes[0].set(xlabel="part", ylabel="whole", yticks=range(wholes), title=f"shares, round {at}")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
-    colours = [COLOURS[share >= 0.5] for share in shares[-1, whole]]
+    colours = [COLOURS[int(share >= 0.5)] for share in shares[-1, whole]]
     for share, colour in zip(shares[:, whole].T, colours, strict=True):
         axes[1].plot(range(1, rounds + 1), share, lw=1, color=colour, alpha=max(0.1, 4 / parts))
     axes[1].axvline(at, color=INK, ls=":", lw=1)
@@ -392,9 +393,9 @@ def walks(
     ax = ax or plt.subplots(figsize=(5.6, 3))[1]
     x, y = torch.linspace(*xlim, 100), torch.linspace(*ylim, 100)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).double()
-    ax.contour(x, y, f(grid), torch.logspace(-1, 3, 13), colors=INK, linewidths=0.4)
+    ax.contour(x, y, f(grid), np.logspace(-1, 3, 13), colors=INK, linewidths=0.4)
     for (name, path), colour in zip(paths.items(), cycle(COLOURS), strict=False):
-        path = path[path.abs().amax(1) < 1e6]  # a canvas has no place for larger numbers
+        path = path[path.abs().amax(1) < 1e6].numpy()  # a canvas has no place for larger numbers
         ax.plot(*path.T, ".-", ms=4, lw=1, color=colour, label=name)
         ax.plot(*path[0], "o", ms=6, color=colour)
     ax.set(xlim=xlim, ylim=ylim, xlabel="x", ylabel="y")

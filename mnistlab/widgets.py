@@ -40,11 +40,11 @@ def explore(
     size: tuple[float, float] = (6.4, 3),
     columns: Sequence[float] = (1,),
 ) -> W.VBox:
-    """Controls, and below them what `draw` makes of their values, anew at each change.
+    """Controls, and beside them what `draw` makes of their values, anew at each change.
 
     Args:
         draw: called as draw(axes, **values), with empty Axes, one for each column; it returns a
-            line of text, which stands below the picture.
+            line of text, which stands below both.
         controls: widgets with a `value`, by the name of draw's argument.
         size: of the figure, inches.
         columns: relative widths of the Axes.
@@ -52,7 +52,7 @@ def explore(
     with _style():
         figure = Figure(size, dpi=100, layout="constrained")
         axes = figure.subplots(1, len(columns), width_ratios=columns, squeeze=False)[0]
-    picture, said = W.Image(format="png"), W.HTML()
+    picture, said = W.Image(format="png", layout=W.Layout(max_width="100%")), W.HTML()
 
     def update(_=None) -> None:
         try:
@@ -60,6 +60,8 @@ def explore(
                 _empty(axes)
                 line = draw(axes, **{name: control.value for name, control in controls.items()})
                 picture.value = _png(figure)
+                if all(ax.get_visible() for ax in axes):
+                    figure.set_layout_engine("none")  # stays as laid out: quicker, no jumps
             said.value, picture.layout.visibility = html.escape(line), "visible"
         except Exception as error:  # whatever it is, the reader should see it
             first = (str(error).splitlines() or [""])[0]
@@ -72,8 +74,8 @@ def explore(
     for control in controls.values():
         control.observe(update, "value")
     update()
-    wrap = W.Layout(flex_flow="row wrap", align_items="center")
-    return W.VBox([W.HBox(list(controls.values()), layout=wrap), picture, said])
+    wrap = W.Layout(flex_flow="row wrap", align_items="center")  # one below the other on a phone
+    return W.VBox([W.Box([W.VBox(list(controls.values())), picture], layout=wrap), said])
 
 
 @contextmanager
@@ -153,7 +155,7 @@ class Pad(W.VBox):
         self.stroke, self.value = [], ()
 
 
-def ink(strokes: Strokes, side: int = 84) -> Tensor:
+def ink(strokes: Strokes, side: int = 56) -> Tensor:
     """The pad as an image: float [side, side] in 0..1, anti-aliased."""
     scale = side / SIDE
     y, x = torch.meshgrid(*2 * [torch.arange(side) + 0.5], indexing="ij")
@@ -275,7 +277,8 @@ def taken(maps: Tensor, layer: int | str, head: int | str, token: int | str) -> 
 
 
 def attention_explorer(model: ViT, images: Tensor) -> W.VBox:
-    """Which patches a token takes from, in one block and head, or through all (rollout).
+    """Which patches a token takes from, in one block and head, or through all (rollout). A token is
+    named by the row and column of its patch.
 
     Args:
         model: is put into eval mode.
@@ -293,11 +296,11 @@ def attention_explorer(model: ViT, images: Tensor) -> W.VBox:
         plots.attention(images[image, 0], share, asking=asking, ax=axes[0])
         return f"Largest share {share.max():.0%}; an equal one would be {1 / tokens:.0%}."
 
-    places = [(f"row {i // side}, column {i % side}", i + extra) for i in range(side**2)]
+    places = [(f"{i // side}, {i % side}", i + extra) for i in range(side**2)]
     options = {
         "layer": [*range(depth), "rollout"],
         "head": ["mean", *range(heads)],
-        "token": [("mean", "mean"), *[("class token", 0)][:extra], *places],
+        "token": [("mean", "mean"), *[("class", 0)][:extra], *places],
     }
     controls = {"image": _slider("image", 0, len(images) - 1, 0)} | {
         name: W.SelectionSlider(options=o, description=name) for name, o in options.items()

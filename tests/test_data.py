@@ -693,7 +693,7 @@ def test_mnists_own_digits_enlarged_and_moved_come_back(mnist):
 def test_ink_far_from_the_middle_of_its_box_stays_within_the_image():
     strokes = torch.zeros(60, 60)
     strokes[:10, :40], strokes[:60, 0] = 1, 1  # a heavy head
-    assert data.normalise(strokes).sum() == pytest.approx(strokes.sum() / 9, rel=0.02)
+    assert data.normalise(strokes).sum() == pytest.approx(strokes.sum().item() / 9, rel=0.02)
 
 
 def test_an_empty_drawing_is_refused():
