@@ -7,6 +7,7 @@ shows the figure that this function draws. What goes wrong in a callback, the wi
 import functools
 import html
 import io
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,6 +34,11 @@ except ImportError as error:
     raise ImportError(f"widgets need {error.name}: pip install 'mnistlab[book]'") from None
 
 
+# JupyterLab may hand each control's messages to a thread of its own, and matplotlib's settings are
+# for all threads: one callback at a time.
+TURN = threading.RLock()
+
+
 def explore(
     draw: Callable[..., str],
     controls: dict[str, W.Widget],
@@ -55,21 +61,23 @@ def explore(
     picture, said = W.Image(format="png", layout=W.Layout(max_width="100%")), W.HTML()
 
     def update(_=None) -> None:
-        try:
-            with _style():
-                _empty(axes)
-                line = draw(axes, **{name: control.value for name, control in controls.items()})
-                picture.value = _png(figure)
+        with TURN:
+            try:
+                with _style():
+                    _empty(axes)
+                    values = {name: control.value for name, control in controls.items()}
+                    line = draw(axes, **values)
+                    picture.value = _png(figure)
                 if all(ax.get_visible() for ax in axes):
                     figure.set_layout_engine("none")  # stays as laid out: quicker, no jumps
-            said.value, picture.layout.visibility = html.escape(line), "visible"
-        except Exception as error:  # whatever it is, the reader should see it
-            first = (str(error).splitlines() or [""])[0]
-            said.value = (
-                f'<span role="alert" style="color:{plots.COLOURS[1]}">'
-                f"{type(error).__name__}: {html.escape(first)}</span>"
-            )
-            picture.layout.visibility = "hidden"  # it shows other values than the controls
+                said.value, picture.layout.visibility = html.escape(line), "visible"
+            except Exception as error:  # whatever it is, the reader should see it
+                first = (str(error).splitlines() or [""])[0]
+                said.value = (
+                    f'<span role="alert" style="color:{plots.COLOURS[1]}">'
+                    f"{type(error).__name__}: {html.escape(first)}</span>"
+                )
+                picture.layout.visibility = "hidden"  # it shows other values than the controls
 
     for control in controls.values():
         control.observe(update, "value")

@@ -3,6 +3,8 @@
 import importlib
 import math
 import sys
+import threading
+import time
 
 import matplotlib
 import mnistlab as ml
@@ -89,6 +91,25 @@ def test_an_error_is_one_line_in_the_widget_and_goes_with_the_next_change(box):
     assert box.children[0].children[1].layout.visibility == "hidden"
     controls(box)["n"].value = 4
     assert picture(box) and line(box) == "4 &lt; 100"
+
+
+def test_changes_from_two_threads_are_drawn_one_after_the_other():
+    def draw(axes, a, b):
+        drawing.append(True)
+        together.append(len(drawing))
+        time.sleep(0.05)
+        drawing.pop()
+        return f"{a} {b}"
+
+    drawing, together = [], []
+    box = widgets.explore(draw, {k: W.IntSlider(description=k) for k in "ab"})
+    own = controls(box)
+    threads = [threading.Thread(target=setattr, args=(own[k], "value", 9)) for k in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == [1, 1, 1] and line(box) == "9 9"
 
 
 def test_the_notebooks_own_style_is_left_alone(box):
