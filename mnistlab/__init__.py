@@ -48,7 +48,7 @@ __version__ = version("mnistlab")
 
 
 def __getattr__(name: str):
-    """Import `plots` when first asked for: matplotlib is slow to load."""
-    if name == "plots":
+    """Import `plots` and `widgets` when first asked for: matplotlib and ipywidgets are slow."""
+    if name in ("plots", "widgets"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

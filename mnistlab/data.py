@@ -312,6 +312,42 @@ def _download(name: str, urls: list[str], path: Path, md5: str, allowed: bool) -
     )
 
 
+# --- drawings -----------------------------------------------------------------------------------
+
+
+def normalise(strokes: Tensor) -> Tensor:
+    """Bring a drawing into MNIST's form: its size and place, not its scale of grey.
+
+    As LeCun et al. (1998) did with NIST's scans: the box around the ink is scaled, with
+    anti-aliasing, until its longer side has 20 pixels, and is laid into 28x28 pixels, moved by
+    whole ones, with the centre of mass in the middle. In MNIST's files that is pixel 14, rounded.
+
+    Args:
+        strokes: ink in 0..1 on an empty ground of 0, float [H, W].
+
+    Returns:
+        float [28, 28] in 0..1.
+
+    Raises:
+        ValueError: there is no ink.
+    """
+    rows, columns = (strokes.amax(axis).nonzero()[:, 0].tolist() for axis in (1, 0))
+    if not rows:
+        raise ValueError("nothing is drawn")
+    box = strokes[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    size = [max(1, round(20 * side / max(box.shape))) for side in box.shape]
+    box = F.interpolate(box[None, None], size, mode="bilinear", antialias=True)[0, 0]
+    placed = strokes.new_zeros(28, 28)
+    corner = []
+    for axis, side in enumerate(size):
+        mass = box.sum(1 - axis)
+        centre = (mass @ torch.arange(side, dtype=box.dtype) / mass.sum()).item()
+        corner.append(min(max(round(14 - centre), 0), 28 - side))  # never off the edge
+    top, left = corner
+    placed[top : top + size[0], left : left + size[1]] = box
+    return placed
+
+
 # --- batches and augmentation -------------------------------------------------------------------
 
 

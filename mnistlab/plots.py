@@ -4,7 +4,7 @@ Call `style()` once: transparent background, grey text, and colours that colour-
 can tell apart; all of it legible on a light and on a dark page.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .data import Split
 from .evaluate import Report
-from .runs import REFERENCE, results, speeds
+from .runs import REFERENCE, Results, power_law, results, speeds
 from .train import Run
 
 # Four of Okabe & Ito (2008) and two violets: each stands out from a light and a dark page (3:1),
@@ -272,6 +272,134 @@ def comparison(names: Sequence[str], *, axes: Sequence[Axes] | None = None) -> S
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].figure.legend(handles, labels, loc="outside upper center", ncols=4)
     return axes
+
+
+def answers(
+    image: Tensor, probabilities: Mapping[str, Tensor], *, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """One image, and beside it what several models take it for: a bar for each class and model.
+
+    Args:
+        image: [H, W].
+        probabilities: of each model, [K].
+        axes: two.
+    """
+    if axes is None:
+        axes = plt.subplots(1, 2, figsize=(6.4, 2.4), width_ratios=(1, 2.4))[1]
+    digits(image[None], ax=axes[0])
+    wide = 0.8 / len(probabilities)
+    for i, ((name, values), colour) in enumerate(
+        zip(probabilities.items(), cycle(COLOURS), strict=False)
+    ):
+        best = int(values.argmax())
+        x = np.arange(len(values)) + wide * (i - (len(probabilities) - 1) / 2)
+        label = f"{name}: {best} ({100 * values[best]:.0f}%)"
+        axes[1].bar(x, values.tolist(), wide, color=colour, label=label)
+    axes[1].set(ylim=(0, 1), xticks=range(len(values)), xlabel="class", ylabel="probability")
+    axes[1].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, borderpad=0)
+    return axes
+
+
+def budget(known: Sequence[Results], params: int, *, ax: Axes | None = None) -> Axes:
+    """Where a network of so many parameters would lie on the line through recorded results: a star
+    on `power_law(known)`, which is dotted beyond the sizes recorded."""
+    ax = ax or plt.subplots(figsize=(5.6, 3))[1]
+    law, sizes = power_law(known), sorted(found.params for found in known)
+    error = 100 * (1 - np.array([found.mean for found in known]))
+    high, low = 100 * (1 - np.array([found.interval for found in known])).T
+    x = [found.params for found in known]
+    ax.errorbar(x, error, (error - low, high - error), fmt="o", capsize=3, color=COLOURS[0])
+    for found, y in zip(known, error, strict=True):
+        ax.annotate(found.name, (found.params, y), (6, 6), textcoords="offset points", fontsize=8)
+    ends = min(sizes[0], params) / 1.5, max(sizes[-1], params) * 1.5
+    for xs, line in ((ends, ":"), ((sizes[0], sizes[-1]), "-")):
+        ax.plot(xs, [100 * law(size) for size in xs], line, lw=1.2, color=COLOURS[0])
+    ax.plot(params, 100 * law(params), "*", ms=14, color=COLOURS[1])
+    ax.set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="test error, %")
+    for axis, subs in ((ax.xaxis, (1, 2, 5)), (ax.yaxis, (1, 1.5, 2, 3, 5, 7))):
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(FuncFormatter(_short))
+        axis.set_minor_locator(NullLocator())
+    ax.grid(True, axis="y")
+    return ax
+
+
+def attention(
+    image: Tensor, share: Tensor, *, asking: int | None = None, ax: Axes | None = None
+) -> Axes:
+    """How much was taken from each patch, bright is much, under the outline of the image.
+
+    Args:
+        image: [H, W].
+        share: of each patch, row by row, [T]; T is a square number.
+        asking: the patch to frame.
+    """
+    ax = ax or plt.subplots(figsize=(2.4, 2.4))[1]
+    (h, w), side = image.shape, round(len(share) ** 0.5)
+    heat = share.detach().cpu().view(side, side).numpy()
+    ax.imshow(heat, cmap="viridis", vmin=0, extent=(-0.5, w - 0.5, h - 0.5, -0.5))
+    image = image.cpu().float().numpy()
+    middle = (image.min() + image.max()) / 2
+    ax.contour(image, levels=[middle], colors="white", linewidths=0.8)
+    if asking is not None:
+        corner = (asking % side * w / side - 0.5, asking // side * h / side - 0.5)
+        ax.add_patch(plt.Rectangle(corner, w / side, h / side, fill=False, ec="white", lw=2))
+    ax.axis("off")
+    return ax
+
+
+def routing(
+    shares: Tensor, whole: int, at: int, *, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """Coupling coefficients of a routing by agreement: all of one round, and how the parts' shares
+    in one whole settle over the rounds.
+
+    Args:
+        shares: after 1, 2 ... R rounds, [R, K, I], of K wholes and I parts.
+        whole: 0 to K-1, whose shares are followed.
+        at: the round shown on the left, 1 to R.
+        axes: two.
+    """
+    if axes is None:
+        axes = plt.subplots(1, 2, figsize=(7, 2.6))[1]
+    shares = shares.detach().cpu().numpy()
+    rounds, wholes, parts = shares.shape
+    axes[0].imshow(shares[at - 1], cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    axes[0].set(xlabel="part", ylabel="whole", yticks=range(wholes), title=f"shares, round {at}")
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    colours = [COLOURS[int(share >= 0.5)] for share in shares[-1, whole]]
+    for share, colour in zip(shares[:, whole].T, colours, strict=True):
+        axes[1].plot(range(1, rounds + 1), share, lw=1, color=colour, alpha=max(0.1, 4 / parts))
+    axes[1].axvline(at, color=INK, ls=":", lw=1)
+    axes[1].set(xlabel="round", ylabel=f"share of whole {whole}", ylim=(0, 1))
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
+    return axes
+
+
+def walks(
+    f: Callable[[Tensor], Tensor],
+    paths: Mapping[str, Tensor],
+    *,
+    xlim: tuple[float, float] = (-10.5, 4.5),
+    ylim: tuple[float, float] = (-4, 4),
+    ax: Axes | None = None,
+) -> Axes:
+    """Paths of optimisers, each from its dot, over the contours of a function of two weights.
+
+    Args:
+        f: [..., 2] -> [...].
+        paths: positions, [steps + 1, 2]; what is not finite is left out.
+    """
+    ax = ax or plt.subplots(figsize=(5.6, 3))[1]
+    x, y = torch.linspace(*xlim, 100), torch.linspace(*ylim, 100)
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).double()
+    ax.contour(x, y, f(grid), np.logspace(-1, 3, 13), colors=INK, linewidths=0.4)
+    for (name, path), colour in zip(paths.items(), cycle(COLOURS), strict=False):
+        path = path[path.abs().amax(1) < 1e6].numpy()  # a canvas has no place for larger numbers
+        ax.plot(*path.T, ".-", ms=4, lw=1, color=colour, label=name)
+        ax.plot(*path[0], "o", ms=6, color=colour)
+    ax.set(xlim=xlim, ylim=ylim, xlabel="x", ylabel="y")
+    return ax
 
 
 def _short(value: float, _: int = 0) -> str:

@@ -99,6 +99,24 @@ def results(name: str, folder: Path = RESULTS) -> Results:
     return Results(values, name, tuple(records))
 
 
+def power_law(known: Sequence[Results]) -> Callable[[float], float]:
+    """Test error as a power of the number of parameters: a straight line on logarithmic axes,
+    fitted by least squares to recorded results.
+
+    Returns:
+        A function: parameters -> error, a fraction. Between the sizes recorded it interpolates;
+        beyond them it is a guess.
+
+    Raises:
+        ValueError: they are not of two sizes at least.
+    """
+    params = [found.params for found in known]
+    if len(set(params)) < 2:
+        raise ValueError("a line needs recorded results of two sizes or more")
+    slope, height = np.polyfit(np.log(params), np.log([1 - found.mean for found in known]), 1)
+    return lambda size: float(np.exp(height) * size**slope)
+
+
 def recorded(folder: Path = RESULTS) -> list[str]:
     """Names of the recipes that have records."""
     return sorted(path.stem for path in folder.glob("*.jsonl"))

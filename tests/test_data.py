@@ -10,12 +10,14 @@ import shutil
 import struct
 import tarfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import mnistlab as ml
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from mnistlab import Augment, DataError, Split, data
 from mnistlab.data import batches, read_idx, stratified_split, warp
@@ -640,6 +642,66 @@ def test_rotations_are_views_by_these_degrees(digits):
     clockwise, still = ml.rotations(90, 0)
     torch.testing.assert_close(clockwise(digits), digits.rot90(-1, (2, 3)), atol=1e-4, rtol=0)
     torch.testing.assert_close(still(digits), digits, atol=1e-5, rtol=0)
+
+
+def drawing(seed: int) -> torch.Tensor:
+    """A crooked polygon, its lines 9 pixels wide, somewhere on 150x200 pixels."""
+    from PIL import Image, ImageDraw
+
+    draw = np.random.default_rng(seed)
+    image = Image.new("L", (200, 150))
+    width, height = draw.integers(5, 90, 2)
+    corners = draw.integers(0, (width, height), (5, 2)) + draw.integers(10, 50, 2)
+    ImageDraw.Draw(image).line([tuple(map(int, c)) for c in corners], 255, 9, joint="curve")
+    return torch.from_numpy(np.asarray(image) / np.float32(255))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_strokes_are_normalised_as_pil_and_scipy_would(seed):
+    from PIL import Image
+    from scipy.ndimage import center_of_mass, shift
+
+    strokes = drawing(seed)
+    image = Image.fromarray(strokes.numpy())
+    box = image.crop(Image.fromarray((strokes > 0).numpy()).getbbox())
+    size = [max(1, round(20 * side / max(box.size))) for side in box.size]
+    small = np.asarray(box.resize(size, Image.Resampling.BILINEAR))
+    corner = np.zeros((28, 28), np.float32)
+    corner[: small.shape[0], : small.shape[1]] = small
+    move = [round(14 - c) for c in center_of_mass(small)]
+    ours = data.normalise(strokes)
+    np.testing.assert_allclose(ours, shift(corner, move, order=0), atol=1e-5)
+    rows, columns = (ours.amax(axis).nonzero() for axis in (1, 0))
+    assert max(rows.max() - rows.min(), columns.max() - columns.min()) == 19
+
+
+def test_mnists_own_digits_enlarged_and_moved_come_back(mnist):
+    few = mnist.val[:200]
+    pixels = few.images[:, 0].float() / 255
+    large = F.interpolate(few.images.float() / 255, scale_factor=8)[:, 0]
+    back = [
+        data.normalise(F.pad(image, (i % 70, 70 - i % 70, i * 7 % 60, 60 - i * 7 % 60)))
+        for i, image in enumerate(large)
+    ]
+    assert (torch.stack(back) - pixels).abs().mean() < 0.03
+    again = torch.stack(back).mul(255).round().byte()[:, None]
+    net = ml.trained("cnn-8k")
+    same = ml.predict(net, replace(few, images=again)).argmax(1) == ml.predict(net, few).argmax(1)
+    assert same.float().mean() >= 0.98
+
+
+def test_ink_far_from_the_middle_of_its_box_stays_within_the_image():
+    strokes = torch.zeros(60, 60)
+    strokes[:10, :40], strokes[:60, 0] = 1, 1  # a heavy head
+    box = F.interpolate(strokes[None, None, :, :40], (20, 13), mode="bilinear", antialias=True)
+    placed = data.normalise(strokes)
+    torch.testing.assert_close(placed.sum(), box.sum())
+    assert placed[27].max() > 0  # the centre of mass is above the middle, and cannot be moved there
+
+
+def test_an_empty_drawing_is_refused():
+    with pytest.raises(ValueError, match="nothing is drawn"):
+        data.normalise(torch.zeros(9, 9))
 
 
 def test_a_resplit_deals_out_the_same_images_by_its_seed(mnist):

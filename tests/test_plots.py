@@ -54,6 +54,13 @@ ROWS = [
     {"name": "b-9k", "family": "B", "params": 9_000, "mean": 0.98, "interval": (0.97, 0.985)},
     {"name": "a-5k", "family": "A", "params": 5_000, "mean": 0.99, "interval": (0.985, 0.995)},
 ]
+CNNS = [ml.results("cnn-8k"), ml.results("cnn-68k")]
+
+
+def bowl(w: torch.Tensor) -> torch.Tensor:
+    return w.square().sum(-1)
+
+
 CALLS = {
     "digits": lambda run, ax: plots.digits(images(7, 1).images, list("abcdefg"), columns=3, ax=ax),
     "digits in colour": lambda run, ax: plots.digits(images(7, 3).images, ax=ax),
@@ -71,6 +78,9 @@ CALLS = {
     "filters of zero": lambda run, ax: plots.filters(torch.zeros(4, 1, 5, 5), ax=ax),
     "activations": lambda run, ax: plots.activations(CONV, CONV[1], torch.randn(1, 1, 8, 8), ax=ax),
     "frontier": lambda run, ax: plots.frontier(ROWS, ax=ax),
+    "budget": lambda run, ax: plots.budget(CNNS, 20_000, ax=ax),
+    "attention": lambda run, ax: plots.attention(torch.rand(8, 8), torch.rand(16), ax=ax),
+    "walks": lambda run, ax: plots.walks(bowl, {"a": torch.ones(3, 2)}, ax=ax),
 }
 
 
@@ -195,6 +205,53 @@ def test_comparison_draws_error_against_size_arithmetic_and_time():
     assert axes[1].containers[0].lines[0].get_xdata()[1] == large.macs
     assert axes[2].containers[1].lines[0].get_xdata()[0] == 1  # the reference itself
     assert len(axes[0].figure.legends[0].get_texts()) == 2
+
+
+def test_answers_draw_a_bar_for_each_class_and_model_and_name_the_best():
+    shares = {"a": torch.tensor([0.2, 0.8, 0.0]), "b": torch.tensor([0.6, 0.3, 0.1])}
+    axes = plots.answers(torch.rand(4, 4), shares)
+    assert len(axes[0].images) == 1
+    bars = [[bar.get_height() for bar in container] for container in axes[1].containers]
+    np.testing.assert_allclose(bars, [values.tolist() for values in shares.values()])
+    said = [text.get_text() for text in axes[1].get_legend().get_texts()]
+    assert said == ["a: 1 (80%)", "b: 0 (60%)"]
+    edges = sorted((bar.get_x(), bar.get_width()) for c in axes[1].containers for bar in c)
+    assert all(x + width <= right + 1e-9 for (x, width), (right, _) in itertools.pairwise(edges))
+
+
+def test_budget_puts_the_star_on_the_line_which_is_dotted_beyond_the_records():
+    ax = plots.budget(CNNS, 2_000)
+    lines = {line.get_linestyle(): line for line in ax.lines if len(line.get_xdata()) == 2}
+    assert lines["-"].get_xdata()[0] == CNNS[0].params
+    np.testing.assert_allclose(lines["-"].get_ydata(), [100 * (1 - k.mean) for k in CNNS])
+    assert lines[":"].get_xdata()[0] < 2_000
+    (star,) = (line for line in ax.lines if line.get_marker() == "*")
+    (x,), (y,) = star.get_data()
+    assert x == 2_000 and y == pytest.approx(100 * ml.runs.power_law(CNNS)(2_000))
+
+
+def test_attention_frames_the_patch_that_asks():
+    share = torch.arange(16.0)
+    ax = plots.attention(torch.rand(8, 8), share, asking=6)
+    np.testing.assert_array_equal(ax.images[0].get_array(), share.view(4, 4))
+    (frame,) = ax.patches
+    assert (*frame.get_xy(), frame.get_width()) == (3.5, 1.5, 2)  # row 1, column 2, of 2x2 pixels
+
+
+def test_routing_follows_every_part_and_marks_the_round():
+    shares = torch.rand(5, 3, 4).softmax(1)
+    axes = plots.routing(shares, 2, 4)
+    np.testing.assert_allclose(axes[0].images[0].get_array(), shares[3])
+    *lines, mark = axes[1].lines
+    np.testing.assert_allclose([line.get_ydata() for line in lines], shares[:, 2].T)
+    assert list(mark.get_xdata()) == [4, 4]
+
+
+def test_a_walk_that_diverges_is_drawn_as_far_as_numbers_go():
+    path = torch.tensor([[1.0, 1.0], [-30.0, 2.0], [float("inf"), 3.0], [float("nan"), 4.0]])
+    ax = plots.walks(bowl, {"a": path}, xlim=(-2, 2), ylim=(-2, 2))
+    ax.figure.canvas.draw()
+    assert ax.lines[0].get_xdata().tolist() == [1, -30] and ax.get_xlim() == (-2, 2)
 
 
 # --- colours ------------------------------------------------------------------------------------

@@ -356,3 +356,39 @@ def test_one_step_moves_batch_statistics_a_tenth_of_the_way(name):
     x = seen[0]
     torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 2, 3)))
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.var((0, 2, 3)))
+
+
+def test_attention_maps_are_those_that_the_blocks_use(mnist):
+    model = ml.build("vit-38k").eval()
+    images = mnist.val[:2].inputs()
+    maps = vit.attention_maps(model, images)
+    assert maps.shape == (2, 4, 4, 50, 50)
+    block, x = model.blocks[1], model.blocks[0](model.tokens(images))
+    _, _, values = block.attention.split(block.norm1(x))
+    mixed = (maps[:, 1] @ values).transpose(1, 2).flatten(2)
+    close(block.attention.out(mixed), block.attention(block.norm1(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_rollout_follows_attention_and_the_residual_path_through_the_blocks():
+    maps = torch.rand(2, 3, 4, 5, 5).softmax(-1)
+    one, found = torch.eye(5), vit.rollout(maps)
+    first, second, third = (0.5 * (maps[1, b].mean(0) + one) for b in range(3))
+    close(found[1], third @ second @ first, rtol=1e-5, atol=1e-6)
+    close(found.sum(-1), torch.ones(2, 5), rtol=1e-5, atol=1e-6)
+
+
+def test_a_tweaked_pose_is_drawn_from_one_class_with_one_number_moved(mnist):
+    torch.manual_seed(0)
+    arguments = PRESETS["capsules-8k"].arguments | {"decoder": (16,)}
+    model = ml.models.EfficientCapsNet(**arguments).eval()
+    image = mnist.val[:1].inputs()
+    for label in (None, 4):
+        with torch.no_grad():
+            poses = model.poses(image)
+            k = poses[0].norm(dim=1).argmax().item() if label is None else label
+            only = torch.zeros_like(poses)
+            only[0, k] = poses[0, k]
+            only[0, k, 5] += 0.3
+            expected = model.decoder(only.flatten(1)).view(1, 1, 28, 28)
+        found = capsules.tweak(model, image, 5, torch.tensor([0.0, 0.3]), label)
+        close(found[1:], expected, rtol=1e-5, atol=1e-6)

@@ -63,6 +63,16 @@ def test_results_are_the_summary_of_the_test_accuracies(folder, quickest):
     assert known.interval[0] < known.mean < known.interval[1]
 
 
+def test_a_power_law_is_found_again():
+    def known(params: int, error: float) -> runs.Results:
+        return runs.Results((1 - error,), "some", ({"params": params},))
+
+    law = runs.power_law([known(n, 3 * n**-0.4) for n in (1_000, 5_000, 60_000)])
+    assert law(20_000) == pytest.approx(3 * 20_000**-0.4)
+    with pytest.raises(ValueError, match="two sizes"):
+        runs.power_law([known(1_000, 0.1), known(1_000, 0.2)])
+
+
 def test_seeds_that_are_recorded_are_left_alone(folder, quickest, monkeypatch):
     before = (folder / "linear-8k.jsonl").read_bytes()
     monkeypatch.setattr(runs, "run_seed", None)  # would fail if called

@@ -152,6 +152,34 @@ class CapsuleNet(nn.Module):
         return torch.logit(length(poses), eps=1e-6)
 
 
+@torch.no_grad()
+def tweak(
+    model: CapsuleNet, image: Tensor, dimension: int, offsets: Tensor, label: int | None = None
+) -> Tensor:
+    """What the decoder draws when one number of a pose is moved (Sabour et al. 2017, figure 4).
+
+    Args:
+        image: as the model is fed it, [1, C, H, W].
+        dimension: of the pose, 0 to D-1.
+        offsets: added to that number, [M].
+        label: whose pose; None takes the longest one.
+
+    Returns:
+        [M, C, H, W], as the model is fed images.
+
+    Raises:
+        ValueError: the model has no decoder.
+    """
+    if getattr(model, "decoder", None) is None:
+        raise ValueError("this model has no decoder to draw with: build it with decoder=(256,)")
+    poses = model.poses(image)  # [1, K, D]
+    label = int(length(poses)[0].argmax()) if label is None else label
+    moved = torch.zeros_like(poses).repeat(len(offsets), 1, 1)  # the decoder sees one class alone
+    moved[:, label] = poses[0, label]
+    moved[:, label, dimension] += offsets
+    return model.decoder(moved.flatten(1)).view(len(offsets), *image.shape[1:])
+
+
 class CapsNet(CapsuleNet):
     """Dynamic routing between capsules (Sabour et al. 2017), 8.2 million parameters by default.
 

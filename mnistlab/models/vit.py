@@ -130,3 +130,24 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.norm(self.blocks(self.tokens(images)))
         return self.head(x[:, 0] if self.pool == "class" else x.mean(1))
+
+
+@torch.no_grad()
+def attention_maps(model: ViT, images: Tensor) -> Tensor:
+    """The attention weights of every block: [N, C, H, W] -> [N, depth, heads, T, T]. Rows ask, and
+    add up to 1."""
+    x, found = model.tokens(images), []
+    for block in model.blocks:
+        found.append(block.attention.weights(block.norm1(x)))
+        x = block(x)
+    return torch.stack(found, 1)
+
+
+def rollout(maps: Tensor) -> Tensor:
+    """Of which input tokens each output token is made, [N, depth, heads, T, T] -> [N, T, T]:
+    attention rollout (Abnar and Zuidema 2020). Rows add up to 1."""
+    one = torch.eye(maps.shape[-1], device=maps.device)
+    product = one
+    for a in maps.mean(2).unbind(1):  # [N, T, T], from the first block
+        product = (a + one) / 2 @ product  # the residual path carries as much as attention
+    return product
