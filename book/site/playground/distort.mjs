@@ -1,10 +1,12 @@
 // Ways to spoil 28x28 pixels after they were normalised, so that nothing is centred again.
 import { SIDE } from "./normalise.mjs";
 
+const signed = (v) => `${v}`.replace("-", "\u2212");
+
 // Of each way: where it does nothing, its range, and how a value reads.
 export const WAYS = {
-  rotate: { none: 0, min: -90, max: 90, step: 1, text: (v) => `${v}°` },
-  shift: { none: 0, min: -12, max: 12, step: 0.5, text: (v) => `${v} px` },
+  rotate: { none: 0, min: -90, max: 90, step: 1, text: (v) => `${signed(v)}°` },
+  shift: { none: 0, min: -12, max: 12, step: 0.5, text: (v) => `${signed(v)} px` },
   scale: { none: 1, min: 0.25, max: 1.75, step: 0.05, text: (v) => `× ${v.toFixed(2)}` },
   noise: { none: 0, min: 0, max: 1, step: 0.02, text: (v) => v.toFixed(2) },
 };

@@ -11,6 +11,7 @@ const PATIENCE = 300; // ms of quiet before the strips are made
 const app = document.getElementById("playground");
 const pad = $("pad");
 const count = new Intl.NumberFormat("en");
+const a = (read) => (read === 8 ? "an 8" : `a ${read}`);
 
 let strokes = []; // what is drawn: lists of points [x, y]
 let sample = null; // or what is shown instead: { label, pixels, ... }
@@ -62,7 +63,7 @@ function point(event) {
 pad.addEventListener("pointerdown", (event) => {
   if (event.button !== 0) return;
   event.preventDefault();
-  pad.setPointerCapture(event.pointerId);
+  pad.setPointerCapture(event.pointerId); // a line may leave the pad and come back
   if (sample) [sample, strokes] = [null, []];
   strokes.push([point(event)]);
   changed();
@@ -107,17 +108,13 @@ function addCard(model) {
   const card = element(
     "li",
     { className: "pg-card" },
+    element("a", { href: `results.html#${model.name}`, textContent: model.name }),
     element("b", { className: "pg-reads", textContent: "·" }),
-    element(
-      "div",
-      { className: "pg-name" },
-      element("a", { href: `results.html#${model.name}`, textContent: model.name }),
-      element("span", { textContent: "…" }),
-    ),
     element("div", { className: "pg-bars", ariaHidden: "true" }, ...bars),
-    element("small", { textContent: `${count.format(model.params)} parameters` }),
+    element("span", { className: "pg-sure" }),
     element("small", { className: "pg-time", textContent: "loading" }),
-    element("small", { className: "pg-error", textContent: recorded(model) }),
+    element("small", { textContent: `${count.format(model.params)} parameters` }),
+    element("small", { textContent: recorded(model) }),
   );
   $("models").append(card);
   return card;
@@ -125,7 +122,7 @@ function addCard(model) {
 
 function recorded({ mean, sd, n }) {
   const spread = sd === null ? "" : ` ± ${(100 * sd).toFixed(2)}`;
-  return `error ${(100 * (1 - mean)).toFixed(2)}${spread}%, n = ${n}`;
+  return `error ${(100 * (1 - mean)).toFixed(2)}${spread}%, n\u00a0=\u00a0${n}`;
 }
 
 function showAnswer(model, output) {
@@ -135,7 +132,7 @@ function showAnswer(model, output) {
   model.typical = model.typical ? 0.8 * model.typical + 0.2 * output.ms : output.ms;
   const sure = probabilities[model.reads];
   card.querySelector(".pg-reads").textContent = model.reads;
-  card.querySelector(".pg-name span").textContent =
+  card.querySelector(".pg-sure").textContent =
     sure > 0.999 ? "over 99.9%" : `${(100 * sure).toFixed(1)}%`;
   card.querySelector(".pg-time").textContent = `${model.typical.toFixed(1)} ms`;
   card.querySelectorAll("i").forEach((bar, i) => {
@@ -147,15 +144,15 @@ function showAnswer(model, output) {
 function showVerdict() {
   const votes = new Map();
   for (const { reads } of models) votes.set(reads, (votes.get(reads) ?? 0) + 1);
-  const ranked = [...votes].sort((a, b) => b[1] - a[1]);
+  const ranked = [...votes].sort((x, y) => y[1] - x[1]);
   const [first, most] = ranked[0];
-  const others = ranked.slice(1).map(([read, n]) => `${n} a ${read}`).join(", ");
+  const others = ranked.slice(1).map(([read, n]) => `, ${n} ${n > 1 ? "read" : "reads"} ${a(read)}`);
   const label = sample ? ` Its label is ${sample.label}.` : "";
   $("digit").textContent = first;
   $("verdict").textContent =
     (most === models.length
-      ? `All ${most} models read a ${first}.`
-      : `${most} of ${models.length} models read a ${first}; ${others}.`) + label;
+      ? `All ${most} models read ${a(first)}.`
+      : `${most} of ${models.length} models read ${a(first)}${others.join("")}.`) + label;
   $("votes").replaceChildren(
     ...ranked.map(([read, n], i) => {
       const part = element("span", { textContent: read, className: i ? "pg-other" : "" });
@@ -178,7 +175,7 @@ function showNothing() {
   for (const { card } of models) {
     card.classList.remove("pg-differs");
     card.querySelector(".pg-reads").textContent = "·";
-    card.querySelector(".pg-name span").textContent = "";
+    card.querySelector(".pg-sure").textContent = "";
     card.querySelectorAll("i").forEach((bar) => bar.style.setProperty("--p", 0));
   }
 }
@@ -287,16 +284,16 @@ async function strips(mine) {
     await pause();
     if (mine !== wanted) return;
   }
-  const votes = rows.map(({ reads }) => reads[0]);
-  const tally = (read) => votes.filter((vote) => vote === read).length;
-  const right = sample ? sample.label : votes.reduce((a, b) => (tally(b) > tally(a) ? b : a));
+  const tally = (read) => rows.filter(({ reads }) => reads[0] === read).length;
+  const most = rows.map(({ reads }) => reads[0]).sort((x, y) => tally(y) - tally(x))[0];
+  const right = sample ? sample.label : most;
   for (const row of rows) {
     const far = values.filter((_, i) => row.reads[i + 1] !== right).map((v) => Math.abs(v - none));
     row.holds = row.reads[0] === right ? Math.min(...far, Infinity) : 0;
   }
-  rows.sort((a, b) => a.holds - b.holds);
+  rows.sort((x, y) => x.holds - y.holds);
   $("strip-text").textContent =
-    `From ${text(min)} to ${text(max)}: filled where a model reads a ${right}; ` +
+    `From ${text(min)} to ${text(max)}: filled where a model reads ${a(right)}; ` +
     "else the digit that it reads. The first to fail is on top.";
   $("rows").replaceChildren(
     ...rows.map(({ name, reads, holds }) => {
@@ -343,7 +340,7 @@ async function start() {
     (model) => {
       model.card = cards[models.length - 1];
       model.card.querySelector(".pg-time").textContent = "ready";
-      model.card.querySelector(".pg-name span").textContent = "";
+      model.card.querySelector(".pg-sure").textContent = "";
       addInside(model);
       const [have, all] = [models.length, listed.models.length];
       tell(`Loading the models: ${have} of ${all}`, 0.8 + (0.2 * have) / all);
