@@ -39,6 +39,7 @@ export async function load({ runtime, models: listed }, heard, arrived) {
     // The hash in the address: no cache gives an older file of the same name.
     const file = await bytes(`./models/${model.file}?${model.sha256.slice(0, 12)}`);
     const session = await ort.InferenceSession.create(file);
+    await inTurn(() => run(ort, session, new Float32Array(SIDE ** 2))); // the first call is slow
     models.push({ ...model, run: (pixels) => inTurn(() => run(ort, session, pixels)) });
     arrived(models.at(-1));
   }

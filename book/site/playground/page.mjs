@@ -153,25 +153,31 @@ function showVerdict() {
     (most === models.length
       ? `All ${most} models read ${a(first)}.`
       : `${most} of ${models.length} models read ${a(first)}${others.join("")}.`) + label;
-  $("votes").replaceChildren(
-    ...ranked.map(([read, n], i) => {
-      const part = element("span", { textContent: read, className: i ? "pg-other" : "" });
-      part.style.flexGrow = n;
-      return part;
-    }),
-  );
+  for (const bar of document.querySelectorAll(".pg-votes")) {
+    bar.replaceChildren(
+      ...ranked.map(([read, n], i) => {
+        const part = element("span", { textContent: read, className: i ? "pg-other" : "" });
+        part.style.flexGrow = n;
+        return part;
+      }),
+    );
+  }
   for (const { card, reads } of models) card.classList.toggle("pg-differs", reads !== first);
   app.dataset.agree = most === models.length;
+}
+
+function showPixels(pixels) {
+  for (const id of ["seen", "spoilt"]) paint($(id), pixels, SIDE, SIDE);
 }
 
 function showNothing() {
   $("digit").textContent = "?";
   $("verdict").textContent = "Write a digit on the pad, or pick a sample.";
-  $("votes").replaceChildren();
+  for (const bar of document.querySelectorAll(".pg-votes")) bar.replaceChildren();
   $("maps").replaceChildren();
   $("rows").replaceChildren();
   $("strip-text").textContent = "";
-  paint($("seen"), new Float32Array(SIDE * SIDE), SIDE, SIDE);
+  showPixels(new Float32Array(SIDE * SIDE));
   for (const { card } of models) {
     card.classList.remove("pg-differs");
     card.querySelector(".pg-reads").textContent = "·";
@@ -196,7 +202,7 @@ async function answer() {
       continue;
     }
     const pixels = distort(digit, settings);
-    paint($("seen"), pixels, SIDE, SIDE);
+    showPixels(pixels);
     for (const model of [...models]) {
       const output = await model.run(pixels);
       if (!digit) break; // cleared meanwhile
