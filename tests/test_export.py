@@ -6,6 +6,7 @@ import mnistlab as ml
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from mnistlab import runs
 from mnistlab.data import data_root
 from mnistlab.export import LARGEST, Exported, export, select, to_onnx
@@ -25,7 +26,10 @@ def answers(content: bytes, pixels: torch.Tensor) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     """The models of the playground, from the cache that the site's build shares."""
-    return export(out=data_root() / "playground" / "models")
+    cache = data_root() / "playground"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "lock"):
+        return export(out=cache / "models")
 
 
 def test_every_shipped_model_answers_as_torch_does(rows, mnist):

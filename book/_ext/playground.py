@@ -16,6 +16,7 @@ from typing import Any
 
 import mnistlab as ml
 import torch
+from filelock import FileLock
 from mnistlab.data import data_root
 from mnistlab.export import export
 from mnistlab.train import write_atomically
@@ -94,10 +95,17 @@ def choose(names: list[str]) -> list[dict[str, Any]]:
 
 
 def make(app: Sphinx) -> None:
-    """Fill the cache, then the site's folder."""
+    """The files, for a build of pages."""
     if app.builder.format != "html":
         return
-    cache, site = data_root() / "playground", Path(app.outdir, "playground")
+    cache = data_root() / "playground"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "lock"):  # two builds at a time: the second finds all made
+        fill(cache, Path(app.outdir, "playground"))
+
+
+def fill(cache: Path, site: Path) -> None:
+    """Make what the cache lacks, and copy what the page needs."""
     runtime = cache / f"onnxruntime-web-{VERSION}"
     fetch_runtime(runtime)
     rows = export(out=cache / "models")

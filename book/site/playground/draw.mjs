@@ -32,17 +32,18 @@ export function ink(context, strokes, side, colour) {
   context.setTransform(1, 0, 0, 1, 0, 0);
 }
 
-// A grid of small canvases, of outputs [1, C, H, W]; brightest is the largest of all.
+// A canvas for each channel of outputs [1, C, H, W]; brightest is the largest number of all.
 export function maps(box, { data, dims }) {
   const [, count, height, width] = dims;
-  while (box.children.length > count) box.lastChild.remove();
-  while (box.children.length < count) box.append(document.createElement("canvas"));
   const low = data.reduce((a, b) => Math.min(a, b));
   const span = data.reduce((a, b) => Math.max(a, b)) - low || 1;
-  [...box.children].forEach((canvas, c) => {
+  const drawn = Array.from({ length: count }, (_, c) => {
     const part = data.slice(c * height * width, (c + 1) * height * width);
+    const canvas = document.createElement("canvas");
     paint(canvas, part.map((v) => (v - low) / span), width, height);
+    return canvas;
   });
+  box.replaceChildren(...drawn);
 }
 
 // The image, and over it how much of each patch is seen.

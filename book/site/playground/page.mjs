@@ -142,17 +142,18 @@ function showAnswer(model, output) {
 }
 
 function showVerdict() {
+  const told = models.filter(({ reads }) => reads !== undefined); // one may have come just now
   const votes = new Map();
-  for (const { reads } of models) votes.set(reads, (votes.get(reads) ?? 0) + 1);
+  for (const { reads } of told) votes.set(reads, (votes.get(reads) ?? 0) + 1);
   const ranked = [...votes].sort((x, y) => y[1] - x[1]);
   const [first, most] = ranked[0];
   const others = ranked.slice(1).map(([read, n]) => `, ${n} ${n > 1 ? "read" : "reads"} ${a(read)}`);
   const label = sample ? ` Its label is ${sample.label}.` : "";
   $("digit").textContent = first;
   $("verdict").textContent =
-    (most === models.length
+    (most === told.length
       ? `All ${most} models read ${a(first)}.`
-      : `${most} of ${models.length} models read ${a(first)}${others.join("")}.`) + label;
+      : `${most} of ${told.length} models read ${a(first)}${others.join("")}.`) + label;
   for (const bar of document.querySelectorAll(".pg-votes")) {
     bar.replaceChildren(
       ...ranked.map(([read, n], i) => {
@@ -162,8 +163,7 @@ function showVerdict() {
       }),
     );
   }
-  for (const { card, reads } of models) card.classList.toggle("pg-differs", reads !== first);
-  app.dataset.agree = most === models.length;
+  for (const { card, reads } of told) card.classList.toggle("pg-differs", reads !== first);
 }
 
 function showPixels(pixels) {
@@ -178,7 +178,9 @@ function showNothing() {
   $("rows").replaceChildren();
   $("strip-text").textContent = "";
   showPixels(new Float32Array(SIDE * SIDE));
-  for (const { card } of models) {
+  for (const model of models) {
+    const { card } = model;
+    model.reads = undefined;
     card.classList.remove("pg-differs");
     card.querySelector(".pg-reads").textContent = "·";
     card.querySelector(".pg-sure").textContent = "";
@@ -339,6 +341,7 @@ async function start() {
   addSamples(listed.samples);
   const cards = listed.models.map(addCard);
   app.dataset.state = "loading";
+  tell("Loading the runtime");
   const mega = (bytes) => (bytes / 1e6).toFixed(1);
   await load(
     listed,
@@ -360,7 +363,7 @@ async function start() {
 start().catch((error) => {
   app.dataset.state = "failed";
   tell(
-    `The models could not be loaded. ${error.message} The playground needs a browser of 2023 or ` +
+    `Not all models could be loaded. ${error.message} The playground needs a browser of 2023 or ` +
       "later, with WebAssembly, and the files of this site.",
   );
 });
