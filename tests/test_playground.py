@@ -243,7 +243,7 @@ def test_it_is_accessible_and_fits_with_a_digit_on_it(open_page, width):
 def test_the_pad_works_before_the_models_arrive(browser, base):
     context, held = browser.new_context(), []
     tab = context.new_page()
-    tab.route("**/*.wasm", held.append)
+    tab.route("**/*.wasm", lambda route: held.append(route))
     tab.goto(base + PAGE)
     tab.wait_for_selector("#playground[data-state=loading]")
     tab.wait_for_function("document.getElementById('pg-message').textContent.startsWith('Load')")
