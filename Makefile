@@ -6,7 +6,7 @@ PYTHON ?= python3
 PINS   ?= -c constraints.txt
 NB     ?= $(wildcard notebooks/*.ipynb)
 
-EXTRAS := book,test,cluster,track
+EXTRAS := book,playground,test,cluster,track
 BIN    := .venv/bin
 STAMP  := .venv/.complete
 PAGES   = $(shell sed -nE 's,^[ -]*(root|file): *([^ ]+).*,_build/html/\2.html,p' _toc.yml)

@@ -353,6 +353,32 @@ class Compress:
 
 
 @dataclass
+class Export:
+    """Write shipped models as ONNX files: pixels in, logits out, and models.json, a list of them.
+
+    Examples: mnistlab export --out models / mnistlab export cnn-8k dense-8k --out models
+    """
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Of recipes whose weights are shipped. Default: those of the book's playground."""
+    out: Path = Path("models")
+    """Folder to write to."""
+    json: bool = False
+    """Print JSON, for a program to read."""
+
+    def run(self) -> None:
+        from .export import export
+
+        rows = export(self.names, self.out)
+        if not self.json:
+            columns = ("file", "bytes", "params", "macs", "extras")
+            rows = [
+                {k: row[k] for k in columns} | {"extras": " ".join(row["extras"])} for row in rows
+            ]
+        show(rows, self.json)
+
+
+@dataclass
 class Bench:
     """Measure speed on this machine: the loop's overhead, and seconds to 99%.
 
@@ -376,6 +402,7 @@ Command = (
     | Annotated[Results, tyro.conf.subcommand("results")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Compress, tyro.conf.subcommand("compress")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 

@@ -82,6 +82,7 @@ FLAGS = [
 def site(tmp_path_factory) -> Path:
     """The folder of the built pages, made anew: an old build would hide a failure."""
     pytest.importorskip("jupyter_book", reason="the site needs the `book` extra")
+    pytest.importorskip("onnxscript", reason="the site needs the `playground` extra")
     out = tmp_path_factory.mktemp("site")
     command = [Path(sys.executable).with_name("jupyter-book"), "build", ROOT, "-W", "-n"]
     command += ["--keep-going", "--path-output", out]

@@ -12,7 +12,7 @@ from mnistlab import cli
 from mnistlab.recipes import RECIPES
 from safetensors.torch import load_file
 
-COMMANDS = ("data", "models", "train", "sweep", "results", "report", "compress", "bench")
+COMMANDS = ["data", "models", "train", "sweep", "results", "report", "compress", "export", "bench"]
 
 
 @pytest.fixture
@@ -63,7 +63,8 @@ def test_help_of_a_command_has_an_example_of_it(command, name):
 def test_the_examples_parse():
     import tyro
 
-    kinds = (cli.Data, cli.Models, cli.Train, cli.Sweep, cli.Results, cli.Report, cli.Compress)
+    kinds = (cli.Data, cli.Models, cli.Train, cli.Sweep, cli.Results, cli.Report)
+    kinds += (cli.Compress, cli.Export)
     for kind in (*kinds, cli.Bench):
         (examples,) = re.findall(r"Examples?: (.*?)\n *\Z", kind.__doc__, re.S)
         for example in re.sub(r"\s+", " ", examples).split(" / "):

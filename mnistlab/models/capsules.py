@@ -343,4 +343,4 @@ class HVCNet(nn.Module):
         parts = self.trunk(images).flatten(2)  # [N, D, I]
         poses = torch.einsum("ndi,kdi->nkd", parts, self.weight)
         poses = self.norm(poses.flatten(1)[..., None, None]).relu()
-        return poses.view(len(images), len(self.weight), -1).sum(2)
+        return poses.flatten(1).unflatten(1, (len(self.weight), -1)).sum(2)

@@ -124,7 +124,8 @@ class ViT(nn.Module):
         """What enters the first block: [N, C, H, W] -> [N, T, D]"""
         x = self.embed(images).flatten(2).transpose(1, 2)
         if self.token is not None:
-            x = torch.cat((self.token.expand(len(x), -1, -1), x), 1)
+            token = self.token.expand(x.shape[0], -1, -1)  # torch.export would freeze len(x)
+            x = torch.cat((token, x), 1)
         return self.drop(x + self.positions)
 
     def forward(self, images: Tensor) -> Tensor:
