@@ -120,7 +120,7 @@ def to_onnx(model: nn.Module) -> bytes:
 def select(folder: Path = runs.RESULTS) -> list[str]:
     """Recipes that have weights and stand side by side: of MNIST, up to `LARGEST`, smallest first.
 
-    Of those that share preset and loss, one: its own recipe, or that with most validation images
+    Of those that share preset, loss, teacher and bits, one: its own recipe, or that with most validation images
     right.
     """
     best: dict[Any, tuple[tuple[bool, float], runs.Results]] = {}
@@ -131,7 +131,7 @@ def select(folder: Path = runs.RESULTS) -> list[str]:
             continue
         right = sum(r["val"]["correct"] / r["val"]["n"] for r in known.records) / known.n
         rank = (name == recipe.model, right)
-        key = (recipe.model, recipe.loss)
+        key = (recipe.model, recipe.loss, recipe.teacher, recipe.weight_bits)
         if key not in best or rank > best[key][0]:
             best[key] = rank, known
     chosen = [known for _, known in best.values()]
