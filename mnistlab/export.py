@@ -120,8 +120,8 @@ def to_onnx(model: nn.Module) -> bytes:
 def select(folder: Path = runs.RESULTS) -> list[str]:
     """Recipes that have weights and stand side by side: of MNIST, up to `LARGEST`, smallest first.
 
-    Of those that share preset, loss, teacher and bits, one: its own recipe, or that with most validation images
-    right.
+    Of those that share preset, loss, teacher and bits, one: the preset's own recipe, or that with
+    most validation images right.
     """
     best: dict[Any, tuple[tuple[bool, float], runs.Results]] = {}
     for name in runs.recorded(folder):
