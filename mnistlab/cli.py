@@ -207,6 +207,7 @@ def summary(known: runs.Results) -> dict[str, Any]:
         "epochs": first["epochs"],
         "dataset": first["recipe"]["data"],
         "seeds": known.seeds,
+        "diverged": list(known.diverged),
         "commit": first["commit"],
         "device": first["device"],
     }
@@ -235,7 +236,11 @@ class Results:
             return
         rows = [summary(runs.results(name)) for name in names]
         if not self.json:  # what does not fit on a line of text
-            rows = [{k: v for k, v in row.items() if k not in ("seeds", "commit")} for row in rows]
+            rows = [
+                {k: v for k, v in row.items() if k not in ("seeds", "commit")}
+                | {"diverged": len(row["diverged"]) or None}
+                for row in rows
+            ]
         show(rows, self.json)
 
 

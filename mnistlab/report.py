@@ -53,6 +53,7 @@ def report(name: str, folder: Path = runs.RESULTS) -> str:
         name=name,
         headline=f"{known}." if known.n > 1 else f"{100 * known.mean:.2f}%.",
         n=known.n,
+        diverged=known.diverged,
         params=known.params,
         macs=known.macs,
         runs=[_row(record) for record in known.records],

@@ -52,10 +52,16 @@ class Results(Summary):
     Attributes:
         name: of the recipe.
         records: one dict a seed, in the order of the seeds, as the file holds them.
+        diverged: seeds whose loss was no longer finite; they have no accuracy, and are told apart.
     """
 
     name: str = ""
     records: tuple[Record, ...] = field(default=(), repr=False)
+    diverged: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        more = f", {len(self.diverged)} more diverged" if self.diverged else ""
+        return super().__str__().replace(")", more + ")")
 
     @property
     def seeds(self) -> list[int]:
@@ -95,8 +101,12 @@ def results(name: str, folder: Path = RESULTS) -> Results:
             f"the records of {name!r} are stale: the recipe has another {', '.join(changes)} now; "
             f"remove {folder / name}.jsonl and train again, or give the new recipe a new name"
         )
-    values = tuple(record["test"]["correct"] / record["test"]["n"] for record in records)
-    return Results(values, name, tuple(records))
+    ended = tuple(record for record in records if "diverged" not in record)
+    if not ended:
+        raise ValueError(f"every recorded run of {name!r} diverged: {records[0]['diverged']}")
+    values = tuple(record["test"]["correct"] / record["test"]["n"] for record in ended)
+    diverged = tuple(record["seed"] for record in records if "diverged" in record)
+    return Results(values, name, ended, diverged)
 
 
 def power_law(known: Sequence[Results]) -> Callable[[float], float]:
@@ -210,7 +220,8 @@ def train_seeds(
                 lines = "".join(json.dumps(r) + "\n" for r in records)
                 write_atomically(folder / f"{name}.jsonl", lines.encode())
                 _checkpoint(name, record["seed"]).unlink(missing_ok=True)
-                bar.set_postfix_str(f"seed {record['seed']}: {_percent(record['test']):.2f}%")
+                said = "diverged" if "diverged" in record else f"{_percent(record['test']):.2f}%"
+                bar.set_postfix_str(f"seed {record['seed']}: {said}")
                 bar.update()
     return results(name, folder)
 
@@ -273,7 +284,8 @@ def run_seed(
         checkpoint: file from which a run that was cut off goes on.
 
     Returns:
-        The record, and files to keep, by path: the weights of seed 0, the predictions.
+        The record, and files to keep, by path: the weights of seed 0, the predictions. A run whose
+        loss is no longer finite has a record too: no seed is dropped.
     """
     commit = _commit()  # of the code that runs, which may be another by the end
     data = load(recipe.data, resplit=seed if recipe.resplit else None)
@@ -282,16 +294,21 @@ def run_seed(
     def look(row: dict[str, Any], model: nn.Module) -> None:
         seen.append(predict(model, data.test).argmax(1).to(torch.uint8))
 
-    run = fit(
-        recipe.model,
-        data,
-        recipe,
-        seed=seed,
-        teacher=teacher_of(recipe),
-        checkpoint=checkpoint,
-        on_epoch=look if watch else None,
-        progress=False,
-    )
+    try:
+        run = fit(
+            recipe.model,
+            data,
+            recipe,
+            seed=seed,
+            teacher=teacher_of(recipe),
+            checkpoint=checkpoint,
+            on_epoch=look if watch else None,
+            progress=False,
+        )
+    except FloatingPointError as error:
+        conditions = {"device": pick_device().type, "threads": torch.get_num_threads()}
+        record = {"name": name, "seed": seed, "recipe": recipe.describe(), "diverged": str(error)}
+        return record | conditions | _made(commit), {}
     return _record(name, run, data, commit, seen)
 
 
@@ -327,11 +344,7 @@ def _record(
         "images_per_second": run.images_per_second,
         "device": run.device,
         "threads": run.threads,
-        "machine": processor(),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "mnistlab")},
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **_made(commit),
         "history": run.history,
     }
     if recipe.teacher:  # its weights, by their SHA-256
@@ -353,6 +366,17 @@ def _record(
         files[f"weights/{name}.safetensors"] = weights
         record["weights"] = hashlib.sha256(weights).hexdigest()
     return record, files
+
+
+def _made(commit: str | None) -> dict[str, Any]:
+    """On what, of what and when a record was made."""
+    packages = {package: version(package) for package in ("torch", "mnistlab")}
+    return {
+        "machine": processor(),
+        "versions": {"python": platform.python_version()} | packages,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _counts(report: Report) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The run engine: records over seeds, resumed, checked, and never mixed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -61,6 +62,24 @@ def test_results_are_the_summary_of_the_test_accuracies(folder, quickest):
     assert known.seeds == [0, 1] and known.n == 2 and counts[0] != counts[1]
     assert known.mean == pytest.approx(sum(counts) / 20_000)
     assert known.interval[0] < known.mean < known.interval[1]
+
+
+def test_a_run_that_diverges_is_recorded_and_told_apart(folder, quickest, tmp_path):
+    recipe = dataclasses.replace(QUICKEST, lr=1e30)
+    record, files = runs.run_seed("linear-8k", recipe, 2)
+    assert "the loss is" in record["diverged"] and "test" not in record and files == {}
+    assert {"recipe", "device", "threads", "machine", "versions", "commit", "date"} <= set(record)
+
+    record["recipe"] = QUICKEST.describe()  # as if it had diverged under the recipe of the others
+    others = (folder / "linear-8k.jsonl").read_text()
+    (tmp_path / "linear-8k.jsonl").write_text(others + json.dumps(record) + "\n")
+    known = runs.results("linear-8k", tmp_path)
+    assert (known.n, known.seeds, known.diverged) == (2, [0, 1], (2,))
+    assert known.values == runs.results("linear-8k", folder).values
+    assert str(known).endswith("(n = 2, 1 more diverged)")
+    (tmp_path / "linear-8k.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match="every recorded run of 'linear-8k' diverged: the loss is"):
+        runs.results("linear-8k", tmp_path)
 
 
 def test_a_power_law_is_found_again():

@@ -88,6 +88,7 @@ def notes(known: ml.Results) -> str:
     recipe = ml.Recipe().describe() | first["recipe"]  # a field younger than the record
     said = {
         "one seed: a try": known.n == 1,
+        f"{len(known.diverged)} of {known.n + len(known.diverged)} runs diverged": known.diverged,
         f"on {recipe['data']}": recipe["data"] != "mnist",
         "all images split anew": recipe["resplit"],
         "weights averaged": recipe["ema"] or recipe["swa_epochs"],
