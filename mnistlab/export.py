@@ -118,7 +118,8 @@ def to_onnx(model: nn.Module) -> bytes:
 
 
 def select(folder: Path = runs.RESULTS) -> list[str]:
-    """Recipes that have weights and stand side by side: of MNIST, up to `LARGEST`, smallest first.
+    """Recipes that have weights and stand side by side: of MNIST, up to `LARGEST`, right more often
+    than wrong; smallest first.
 
     Of those that share preset, loss, teacher and bits, one: the preset's own recipe, or that with
     most validation images right.
@@ -127,7 +128,8 @@ def select(folder: Path = runs.RESULTS) -> list[str]:
     for name in runs.recorded(folder):
         known, recipe = runs.results(name, folder), recipes.find(name)
         shipped = (folder.parent / "weights" / f"{name}.safetensors").exists()
-        if not shipped or known.params > LARGEST or recipe.data != "mnist" or recipe.resplit:
+        fits = known.params <= LARGEST and recipe.data == "mnist" and not recipe.resplit
+        if not (shipped and fits and known.mean > 0.5):
             continue
         right = sum(r["val"]["correct"] / r["val"]["n"] for r in known.records) / known.n
         rank = (name == recipe.model, right)

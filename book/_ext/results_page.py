@@ -48,7 +48,7 @@ TABLE = jinja2.Template(
 {%- endfor %}
 <td><div class="highlight">
 {#- -#}
-<pre>mnistlab train {{ known.name }} --seeds {{ known.n }}</pre></div></td>
+<pre>mnistlab train {{ known.name }} --seeds {{ tried(known) }}</pre></div></td>
 </tr>
 {%- endfor %}
 </tbody>
@@ -59,6 +59,9 @@ TABLE = jinja2.Template(
     autoescape=True,
     undefined=jinja2.StrictUndefined,
 )
+
+
+LEARNT = 0.5  # accuracy: less is a failure to train, which a chart has no place for
 
 
 def family(known: ml.Results) -> str:
@@ -88,7 +91,8 @@ def notes(known: ml.Results) -> str:
     recipe = ml.Recipe().describe() | first["recipe"]  # a field younger than the record
     said = {
         "one seed: a try": known.n == 1,
-        f"{len(known.diverged)} of {known.n + len(known.diverged)} runs diverged": known.diverged,
+        "did not learn": known.mean < LEARNT,
+        f"{len(known.diverged)} of {tried(known)} runs diverged": known.diverged,
         f"on {recipe['data']}": recipe["data"] != "mnist",
         "all images split anew": recipe["resplit"],
         "weights averaged": recipe["ema"] or recipe["swa_epochs"],
@@ -98,6 +102,11 @@ def notes(known: ml.Results) -> str:
         f"trained on {first['device']}": first["device"] != "cpu",
     }
     return "; ".join(text for text, holds in said.items() if holds)
+
+
+def tried(known: ml.Results) -> int:
+    """Seeds, with those that diverged."""
+    return known.n + len(known.diverged)
 
 
 # Between recipe and command: title, text, and the number to sort by (None: sort by the text).
@@ -116,12 +125,13 @@ COLUMNS = [
 
 
 def comparable(recorded: Iterable[ml.Results]) -> list[ml.Results]:
-    """Those that a chart may set side by side: seeds enough for an interval, and MNIST's own test
-    images. The smallest first; of one size, the best first."""
+    """Those that a chart may set side by side: seeds enough for an interval, MNIST's own test
+    images, and more than a guess. The smallest first; of one size, the best first."""
     found = []
     for known in recorded:
         recipe = known.records[0]["recipe"]
-        if known.n >= 3 and recipe["data"] == "mnist" and not recipe.get("resplit"):
+        enough = known.n >= 3 and known.mean >= LEARNT
+        if enough and recipe["data"] == "mnist" and not recipe.get("resplit"):
             found.append(known)
     return sorted(found, key=lambda known: (known.params, -known.mean))
 
@@ -239,7 +249,7 @@ class ResultsTable(Reader):
 
     def run(self) -> list[nodes.Node]:
         rows = sorted(self.read(), key=lambda known: (known.params, known.name))
-        html = TABLE.render(columns=COLUMNS, rows=rows)
+        html = TABLE.render(columns=COLUMNS, rows=rows, tried=tried)
         return [nodes.raw("", html, format="html", classes=["results"])]
 
 
