@@ -30,8 +30,8 @@ GRID = {
 TINY = Recipe(
     model="tinymnistnet-16k", epochs=20, weight_decay=1e-4, augment=MILD, channels_last=True
 )
-# The playground's stable recipe, for its four models. The first has no normalisation, and from torch's
-# own start it does not learn under it: its first logits hardly differ from one image to the next.
+# The playground's stable recipe, for its four models. The first has no normalisation, and from
+# torch's own start it does not learn: its first logits hardly differ from one image to the next.
 PLAYGROUND = Recipe(
     epochs=15,
     lr=0.028,
