@@ -214,7 +214,7 @@ def frontier(rows: Sequence[Mapping[str, Any]], *, ax: Axes | None = None) -> Ax
             )
     ax.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy, %")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    ax.xaxis.set_major_formatter(FuncFormatter(_short))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(True, axis="y")
     ax.margins(x=0.3, y=0.08)  # room for the names
