@@ -63,7 +63,9 @@ def test_every_recorded_recipe_has_a_row_with_its_numbers(rows):
         assert row["n"] == str(known.n)
         assert row["mean, %"] == f"{100 * known.mean:.2f}"
         assert row["sd"] == (f"{100 * known.sd:.2f}" if several else "")
-        assert row["95% interval"] == (f"{low} to {high}" if several else "")
+        learnt = known.mean > 0.5
+        assert row["95% interval"] == (f"{low} to {high}" if several and learnt else "")
+        assert ("did not learn" in row["notes"]) == (not learnt)
         seeds = known.n + len(known.diverged)
         assert row["command"] == f"mnistlab train {name} --seeds {seeds}"
         assert ("diverged" in row["notes"]) == bool(known.diverged)

@@ -80,9 +80,11 @@ def scatter(known: ml.Results) -> str:
 
 
 def interval(known: ml.Results) -> str:
-    """Interval of the mean, in percent; one seed has none."""
+    """Interval of the mean, in percent; one seed has none, and where some runs fail to learn their
+    scatter is no bell curve's."""
     low, high = known.interval
-    return f"{100 * low:.2f} to {100 * high:.2f}" if known.n > 1 else ""
+    fits = known.n > 1 and known.mean >= LEARNT
+    return f"{100 * low:.2f} to {100 * high:.2f}" if fits else ""
 
 
 def notes(known: ml.Results) -> str:
