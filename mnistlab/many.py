@@ -19,8 +19,15 @@ from .train import LOSSES, Recipe, Run, make_loss, make_optimizer, make_schedule
 
 # What a stack does not do: such a recipe is run seed by seed.
 PLAIN = (
-    *("ema", "swa_epochs", "clip", "compile", "precision", "target", "resplit"),
-    *("teacher", "weight_bits"),
+    "ema",
+    "swa_epochs",
+    "clip",
+    "compile",
+    "precision",
+    "target",
+    "resplit",
+    "teacher",
+    "weight_bits",
 )
 
 

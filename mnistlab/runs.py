@@ -60,8 +60,8 @@ class Results(Summary):
     diverged: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        more = f", {len(self.diverged)} more diverged" if self.diverged else ""
-        return super().__str__().replace(")", more + ")")
+        text = super().__str__()
+        return f"{text[:-1]}, {len(self.diverged)} more diverged)" if self.diverged else text
 
     @property
     def seeds(self) -> list[int]:

@@ -98,7 +98,12 @@ class Recipe:
         ranges = {
             "at least 1": ("epochs", "batch_size", "step_epochs"),
             "at least 0": (
-                *("weight_decay", "patience", "clean_epochs", "swa_epochs", "clip", "attention"),
+                "weight_decay",
+                "patience",
+                "clean_epochs",
+                "swa_epochs",
+                "clip",
+                "attention",
             ),
             "above 0": ("lr", "gamma", "temperature"),
             "in 0..1, below 1": ("momentum", "ema", "label_smoothing", "warmup"),
@@ -106,8 +111,12 @@ class Recipe:
             "0 for off, or 2 to 8": ("weight_bits",),
         }
         tests = (
-            *(lambda v: v >= 1, lambda v: v >= 0, lambda v: v > 0, lambda v: 0 <= v < 1),
-            *(lambda v: 0 <= v <= 1, lambda v: v in (0, *compress.BITS)),
+            lambda v: v >= 1,
+            lambda v: v >= 0,
+            lambda v: v > 0,
+            lambda v: 0 <= v < 1,
+            lambda v: 0 <= v <= 1,
+            lambda v: v in (0, *compress.BITS),
         )
         for (words, names), holds in zip(ranges.items(), tests, strict=True):
             for name in names:

@@ -1,5 +1,6 @@
 """What several test files share: a tiny data set, and a machine without a network."""
 
+import contextlib
 import functools
 import http.server
 import os
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import mnistlab as ml
 import pytest
 import torch
+from mnistlab import train
 from torch import Tensor
 
 
@@ -52,6 +54,26 @@ def offline(monkeypatch):
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def cut_off():
+    """with cut_off(n): a training that is stopped, as by Ctrl-C, when epoch n begins."""
+
+    @contextlib.contextmanager
+    def cut_off(n: int):
+        epoch = train._Loop.epoch
+
+        def interrupted(self, number, bar):
+            if number == n:
+                raise KeyboardInterrupt
+            return epoch(self, number, bar)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train._Loop, "epoch", interrupted)
+            yield
+
+    return cut_off
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import mnistlab as ml
 import pytest
 import torch
 import torch.nn.functional as F
-from mnistlab import distill, runs, train
+from mnistlab import distill, runs
 from mnistlab.models import CNN, Dense
 from mnistlab.recipes import RECIPES
 from torch import nn
@@ -172,21 +172,11 @@ def test_teacher_and_student_see_the_same_augmented_images(tiny):
     assert not any((image == plain).flatten(1).all(1).any() for image in pairs[0][0])
 
 
-def test_a_students_run_resumes_bit_for_bit(tiny, teacher, tmp_path, monkeypatch):
-    recipe = replace(RECIPE, epochs=3, attention=2.0, ema=0.8)
+def test_a_students_run_resumes_bit_for_bit(tiny, teacher, tmp_path, cut_off):
+    recipe, path = replace(RECIPE, epochs=3, attention=2.0, ema=0.8), tmp_path / "c"
     whole = ml.fit(student(), tiny, recipe, teacher=teacher, progress=False)
-    epoch = train._Loop.epoch
-
-    def interrupted(self, number, bar):
-        if number == 3:
-            raise KeyboardInterrupt
-        return epoch(self, number, bar)
-
-    path = tmp_path / "c"
-    monkeypatch.setattr(train._Loop, "epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(3):
         ml.fit(student(), tiny, recipe, teacher=teacher, checkpoint=path, progress=False)
-    monkeypatch.undo()
     resumed = ml.fit(student(), tiny, recipe, teacher=teacher, checkpoint=path, progress=False)
     assert same(resumed.model, whole.model)
     saved = torch.load(path, weights_only=True)  # without the teacher
