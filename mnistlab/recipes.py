@@ -68,9 +68,10 @@ RECIPES = {
     },
     **{f"vit-{size}": replace(ADAMW, model=f"vit-{size}") for size in ("8k", "68k")},
     **{f"convnext-{size}": replace(ADAMW, model=f"convnext-{size}") for size in ("8k", "68k")},
+    "capsules-8k": replace(CAPSULES, model="capsules-8k", augment=MILD),
     **{
         f"capsules-{size}": replace(CAPSULES, model=f"capsules-{size}")
-        for size in ("8k", "68k", "162k", "8m")
+        for size in ("68k", "162k", "8m")
     },
     **{
         name: replace(CAPSULES, model=name, loss="cross-entropy")
