@@ -14,6 +14,7 @@ from typing import Any
 
 from .data import Augment
 from .models import PRESETS
+from .models.steps import STEPS
 from .train import Recipe
 
 MILD = Augment(rotate=10, shift=2, scale=0.1)
@@ -61,13 +62,18 @@ RECIPES = {
         model="simplecnn-421k", epochs=15, lr=0.1, augment=MILD, channels_last=True
     ),
     **{
-        f"efficientnet-{size}": Recipe(
-            model=f"efficientnet-{size}", epochs=15, lr=0.1, channels_last=True
+        name: Recipe(model=name, epochs=15, lr=0.1, channels_last=True)
+        for name in (
+            *("efficientnet-8k", "mobilenet-8k", "shufflenet-8k", "ghostnet-8k", "senet-8k"),
+            "efficientnet-68k",
         )
-        for size in ("8k", "68k")
     },
     **{f"vit-{size}": replace(ADAMW, model=f"vit-{size}") for size in ("8k", "68k")},
     **{f"convnext-{size}": replace(ADAMW, model=f"convnext-{size}") for size in ("8k", "68k")},
+    **{
+        f"step-{step}-8k": replace(ADAMW, model=f"step-{step}-8k", channels_last=True)
+        for step in STEPS
+    },
     "capsules-8k": replace(CAPSULES, model="capsules-8k", augment=MILD),
     **{
         f"capsules-{size}": replace(CAPSULES, model=f"capsules-{size}")
