@@ -19,16 +19,17 @@
     recipe.worst = 100 * (1 - recipe.low);
   }
 
+  const wide = () => plot.clientWidth > 600; // else there is no room for names
   const count = (value) => value.toLocaleString("en");
   const tell = (r) =>
     [
-      `<b>${r.name}</b> · ${r.family}`,
+      `<b>${r.name}</b>${wide() ? " · " : "<br>"}${r.family}`,
       `error ${r.error.toFixed(2)} ± ${(100 * r.sd).toFixed(2)}% (mean ± sd, n = ${r.n})`,
       `95% interval ${r.best.toFixed(2)} to ${r.worst.toFixed(2)}%`,
       `${count(r.params)} parameters, ${count(r.bytes)} bytes`,
       `${count(r.macs)} MACs${r.time === null ? "" : `, time ${r.time}`}`,
       ...r.notes.split("; ").filter(Boolean),
-      named() ? r.command : r.command.replace(" --", "<br>  --"),
+      wide() ? r.command : r.command.replace(" --", "<br>  --"),
       `<i>${touch ? "tap again" : "click"} for its row</i>`,
     ].join("<br>");
 
@@ -72,14 +73,13 @@
   // About as many pixels as its name takes, and as a side of the axes has.
   const long = (r) => 6.5 * r.name.length + 20;
   const sides = () => [plot.clientWidth - 80, plot.clientHeight - 70];
-  const named = () => plot.clientWidth > 600;
 
   // Ranges that hold all that is shown, and the frontier's names, which stand left of their points.
   const whole = (shown, place) => {
     if (!shown.length) return { x: [3, 6], y: logarithmic() ? [-1, 1] : [0, 5] };
     const [low, high] = span(shown.map((r) => Math.log10(place.get(r))), 0.08);
     const starts = frontier(shown).map((r) => {
-      const share = named() ? Math.min(0.5, long(r) / sides()[0]) : 0;
+      const share = wide() ? Math.min(0.5, long(r) / sides()[0]) : 0;
       return (Math.log10(place.get(r)) - share * high) / (1 - share);
     });
     const ends = shown.flatMap((r) => [r.best, r.worst]).filter((v) => v > 0);
@@ -137,7 +137,7 @@
       name: "frontier",
       x: edge.map((r) => place.get(r)),
       y: edge.map((r) => r.error),
-      text: named() ? names(edge, place, { x, y }) : "",
+      text: wide() ? names(edge, place, { x, y }) : "",
       textposition: "bottom left",
       textfont: { size: 11.5 },
       mode: "lines+text",
@@ -170,7 +170,7 @@
       yaxis: axis("test error, %", logarithmic(), y, "~g"),
       font,
       paper_bgcolor: "transparent",
-      plot_bgcolor: "transparent",
+      plot_bgcolor: colour("background"), // by it Plotly picks the colours of the zoom's box
       showlegend: false,
       hovermode: "closest",
       hoverlabel: {
