@@ -65,10 +65,8 @@
   const unit = (error) => (logarithmic() ? Math.log10(error) : error);
 
   // What nothing to its left beats.
-  const frontier = (shown) => {
-    let least = Infinity;
-    return shown.filter((r) => r.error < least && ((least = r.error), true));
-  };
+  const frontier = (shown) =>
+    shown.filter((r, i) => shown.slice(0, i).every((left) => r.error < left.error));
 
   // About as many pixels as its name takes, and as a side of the axes has.
   const long = (r) => 6.5 * r.name.length + 20;
