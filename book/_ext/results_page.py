@@ -1,25 +1,39 @@
 """The results page: a table and a chart of all that is recorded, read anew by every build.
 
+The chart is a picture; where scripts run, one to zoom and to filter takes its place. Plotly draws
+that one, fetched by npm: error bars, logarithmic axes and zoom are its own, and nothing is asked
+of another host.
+
 The records are the only source, so the page cannot lag behind them. Records that no longer fit
 their recipe are an error of the build.
 """
 
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import matplotlib.pyplot as plt
 import mnistlab as ml
+import npm
 from docutils import nodes
 from docutils.parsers.rst.directives.images import Figure
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 from mnistlab import cli, runs
+from mnistlab.data import data_root
+from mnistlab.train import write_atomically
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+
+PLOTLY, VERSION = "plotly.js-basic-dist-min", "4.1.1"
+SHA512 = "1oNF8PeQx2hv/y7tqEVWKD3JGwn/MGEMQ8mL9HUwsaqG9FGy/OU5FHUHvzqbqxN4mnwZGI9abTiE775C4kkjMQ=="
+SCRIPT = "plotly-basic.min.js"
+LIBRARY = f"plotly-basic-{VERSION}.min.js"  # on the site: another version has another address
 
 TABLE = jinja2.Template(
     """\
@@ -48,7 +62,7 @@ TABLE = jinja2.Template(
 {%- endfor %}
 <td><div class="highlight">
 {#- -#}
-<pre>mnistlab train {{ known.name }} --seeds {{ tried(known) }}</pre></div></td>
+<pre>{{ command(known) }}</pre></div></td>
 </tr>
 {%- endfor %}
 </tbody>
@@ -60,7 +74,82 @@ TABLE = jinja2.Template(
     undefined=jinja2.StrictUndefined,
 )
 
+# Hidden until book/site/results/explorer.js has its library.
+EXPLORER = jinja2.Template(
+    """\
+<div class="explorer" hidden>
+<div class="explorer-choices">
+<label>x axis <select name="across">
+{%- for key, title in axes.items() %}
+<option value="{{ key }}">{{ title }}</option>
+{%- endfor %}
+</select></label>
+<label>Error scale <select name="scale">
+<option>logarithmic</option><option>linear</option>
+</select></label>
+<label>Test images <select name="images">
+{%- for name in images %}
+<option>{{ name }}</option>
+{%- endfor %}
+</select></label>
+</div>
+<fieldset class="explorer-families">
+<legend>Families</legend>
+{%- for name, look in looks.items() %}
+<label><input type="checkbox" value="{{ name }}" checked>
+<svg viewBox="-6 -6 12 12" aria-hidden="true"><path d="{{ look.path }}" fill="{{ look.colour }}"/>
+{#- -#}
+</svg>{{ name }}</label>
+{%- endfor %}
+<button type="button" name="all">All</button>
+<button type="button" name="none">None</button>
+</fieldset>
+<div class="explorer-plot" role="img"></div>
+<div class="explorer-moves">
+<div role="group" aria-label="View of the chart">
+{%- for name, sign in moves.items() %}
+<button type="button" aria-label="{{ name }}" title="{{ name }}">{{ sign }}</button>
+{%- endfor %}
+<button type="button">Reset view</button>
+</div>
+<span role="status"></span>
+</div>
+<script type="application/json">
+{{- {"looks": looks, "axes": axes, "recipes": recipes, "library": library} | tojson -}}
+</script>
+</div>
+<p class="explorer-message" role="status" hidden></p>
+""",
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+)
+AXES = {
+    "params": "trainable parameters",
+    "macs": "multiply-accumulates for one image",
+    "bytes": "bytes of weights",
+    "time": f"measured time for one image ({runs.REFERENCE}: 1)",
+}
+MOVES = {
+    "Zoom in": "+",
+    "Zoom out": "−",
+    "Move left": "←",
+    "Move right": "→",
+    "Move up": "↑",
+    "Move down": "↓",
+}
+# Of matplotlib's markers: Plotly's name, and an outline for the list of families.
+SYMBOLS = {
+    "o": ("circle", "M5 0A5 5 0 1 1-5 0A5 5 0 1 1 5 0"),
+    "s": ("square", "M-4.5-4.5H4.5V4.5H-4.5Z"),
+    "^": ("triangle-up", "M-5 4.5H5L0-5Z"),
+    "D": ("diamond", "M0-6L6 0L0 6L-6 0Z"),
+    "v": ("triangle-down", "M-5-4.5H5L0 5Z"),
+    "<": ("triangle-left", "M4.5-5V5L-5 0Z"),
+    ">": ("triangle-right", "M-4.5-5V5L5 0Z"),
+}
 
+
+ANEW = "all images split anew"
 LEARNT = 0.5  # accuracy: less is a failure to train, which a chart has no place for
 
 
@@ -96,7 +185,7 @@ def notes(known: ml.Results) -> str:
         "did not learn": known.mean < LEARNT,
         f"{len(known.diverged)} of {tried(known)} runs diverged": known.diverged,
         f"on {recipe['data']}": recipe["data"] != "mnist",
-        "all images split anew": recipe["resplit"],
+        ANEW: recipe["resplit"],
         "weights averaged": recipe["ema"] or recipe["swa_epochs"],
         f"taught by {recipe['teacher']}": recipe["teacher"],
         f"weights of {recipe['weight_bits']} bits": recipe["weight_bits"],
@@ -109,6 +198,11 @@ def notes(known: ml.Results) -> str:
 def tried(known: ml.Results) -> int:
     """Seeds, with those that diverged."""
     return known.n + len(known.diverged)
+
+
+def command(known: ml.Results) -> str:
+    """What makes it again."""
+    return f"mnistlab train {known.name} --seeds {tried(known)}"
 
 
 # Between recipe and command: title, text, and the number to sort by (None: sort by the text).
@@ -126,16 +220,29 @@ COLUMNS = [
 ]
 
 
-def comparable(recorded: Iterable[ml.Results]) -> list[ml.Results]:
-    """Those that a chart may set side by side: seeds enough for an interval, MNIST's own test
-    images, and more than a guess. The smallest first; of one size, the best first."""
-    found = []
-    for known in recorded:
-        recipe = known.records[0]["recipe"]
-        enough = known.n >= 3 and known.mean >= LEARNT
-        if enough and recipe["data"] == "mnist" and not recipe.get("resplit"):
-            found.append(known)
+def images(known: ml.Results) -> str:
+    """Whose test images they are: a data set's own, or drawn by the seed from all of its images."""
+    recipe = known.records[0]["recipe"]
+    return f"{recipe['data']}, {ANEW}" if recipe.get("resplit") else recipe["data"]
+
+
+def drawn(recorded: Iterable[ml.Results]) -> list[ml.Results]:
+    """Those that a chart has a place for: seeds enough for an interval, and more than a guess. The
+    smallest first; of one size, the best first."""
+    found = [known for known in recorded if known.n >= 3 and known.mean >= LEARNT]
     return sorted(found, key=lambda known: (known.params, -known.mean))
+
+
+def comparable(recorded: Iterable[ml.Results]) -> list[ml.Results]:
+    """Those of `drawn` that may stand side by side at first: on MNIST's own test images."""
+    return [known for known in drawn(recorded) if images(known) == "mnist"]
+
+
+def looks(known: Iterable[ml.Results]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each family, in the order of their coming."""
+    families = dict.fromkeys(map(family, known))
+    pairs = zip(cycle(ml.plots.COLOURS), cycle(ml.plots.MARKERS), strict=False)
+    return dict(zip(families, pairs, strict=False))
 
 
 def frontier(compared: Sequence[ml.Results]) -> list[ml.Results]:
@@ -164,8 +271,7 @@ def chart(compared: Sequence[ml.Results]) -> Axes:
     families: dict[str, list[ml.Results]] = {}
     for known in compared:
         families.setdefault(family(known), []).append(known)
-    looks = zip(cycle(ml.plots.COLOURS), cycle(ml.plots.MARKERS), strict=False)
-    look = dict(zip(families, looks, strict=False))
+    look = looks(compared)
     sizes = [known.params for known in compared]
     points, bars = {}, {}
     for i, known in enumerate(compared):
@@ -233,6 +339,51 @@ def describe(compared: Sequence[ml.Results]) -> str:
     )
 
 
+def point(known: ml.Results, times: Mapping[str, float]) -> dict[str, Any]:
+    """What the chart to zoom knows of a recipe.
+
+    Args:
+        times: of presets, as `runs.speeds` gives them; it lacks some.
+    """
+    low, high = known.interval
+    bits = known.records[0]["recipe"].get("weight_bits") or 32
+    return {
+        "name": known.name,
+        "family": family(known),
+        "images": images(known),
+        "params": known.params,
+        "macs": known.macs,
+        "bytes": math.ceil(known.params * bits / 8),
+        "time": times.get(known.model),
+        "n": known.n,
+        "mean": known.mean,
+        "sd": known.sd,
+        "low": low,
+        "high": high,
+        "command": command(known),
+        "notes": notes(known),
+    }
+
+
+def explorer(recorded: Sequence[ml.Results]) -> str:
+    """The chart to zoom: its controls, and what it draws."""
+    # Those of the picture first, so that families look the same in both.
+    every = sorted(drawn(recorded), key=lambda known: images(known) != "mnist")
+    styles = {
+        name: dict(zip(("symbol", "path"), SYMBOLS[marker], strict=True)) | {"colour": colour}
+        for name, (colour, marker) in looks(every).items()
+    }
+    times = runs.speeds()
+    return EXPLORER.render(
+        images=dict.fromkeys(map(images, every)),
+        axes=AXES,
+        looks=styles,
+        moves=MOVES,
+        recipes=[point(known, times) for known in every],
+        library=LIBRARY,
+    )
+
+
 class Reader(SphinxDirective):
     """Reads the records once for a page, at each build."""
 
@@ -251,7 +402,7 @@ class ResultsTable(Reader):
 
     def run(self) -> list[nodes.Node]:
         rows = sorted(self.read(), key=lambda known: (known.params, known.name))
-        html = TABLE.render(columns=COLUMNS, rows=rows, tried=tried)
+        html = TABLE.render(columns=COLUMNS, rows=rows, command=command)
         return [nodes.raw("", html, format="html", classes=["results"])]
 
 
@@ -272,7 +423,18 @@ class ResultsChart(Reader, Figure):
             plt.close(figure)
         self.arguments = ["/" + os.path.relpath(path, self.env.srcdir)]
         self.options["alt"] = describe(compared)
-        return super().run()
+        [figure] = super().run()
+        figure.insert(1, nodes.raw("", explorer(self.read()), format="html"))  # over the caption
+        return [figure]
+
+
+def make(app: Sphinx) -> None:
+    """Fetch the library, for a build of pages."""
+    if app.builder.format == "html":
+        folder = data_root() / "npm" / f"{PLOTLY}-{VERSION}"
+        npm.fetch(PLOTLY, VERSION, SHA512, [SCRIPT], folder)
+        place = Path(app.outdir, "results", LIBRARY)
+        write_atomically(place, (folder / SCRIPT).read_bytes())
 
 
 def add_scripts(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
@@ -281,11 +443,13 @@ def add_scripts(app: Sphinx, page: str, template: str, context: dict, doctree) -
         app.add_css_file("../results/results.css")
         app.add_js_file("../sortable/sortable.min.js", loading_method="defer")
         app.add_js_file("../results/results.js", type="module")
+        app.add_js_file("../results/explorer.js", loading_method="defer")
 
 
 def setup(app: Sphinx) -> dict:
     """Called by Sphinx."""
     app.add_directive("results-table", ResultsTable)
     app.add_directive("results-chart", ResultsChart)
+    app.connect("builder-inited", make)
     app.connect("html-page-context", add_scripts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
