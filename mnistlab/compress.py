@@ -52,8 +52,10 @@ def prune(model: nn.Module, fraction: float, *, structured: bool = False) -> nn.
         raise ValueError("the model has no convolution and no linear layer")
     if structured:
         return _cut(copy.deepcopy(_plain(model)), fraction)
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # torch takes flat views
     weights = [(m, "weight") for m in model.modules() if isinstance(m, WEIGHTED)]
+    for module, _ in weights:
+        module.weight.data = module.weight.data.contiguous()  # what a mask leaves is no parameter
     with torch.no_grad():  # a masked weight that had a gradient could not be copied
         masks.global_unstructured(weights, masks.L1Unstructured, amount=float(fraction))
     return model

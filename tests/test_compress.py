@@ -76,6 +76,16 @@ def test_pruning_again_takes_of_what_is_left(net):
     assert compress.sparsity(twice) == pytest.approx(0.75, abs=0.01)
 
 
+def test_what_was_trained_channels_last_can_be_pruned_and_pruned_again(tiny, net):
+    recipe = replace(RECIPE, epochs=1, channels_last=True)
+    model = ml.fit(net, tiny, recipe, progress=False).model
+    assert not weights(model)[1].is_contiguous()
+    for share in (0.5, 0.75):
+        model = compress.prune(model, 0.5)
+        assert compress.sparsity(model) == pytest.approx(share, abs=0.01)
+        model = ml.fit(model, tiny, recipe, progress=False).model
+
+
 CHAINS = [
     ("CNN", lambda: CNN(widths=(6, 8, 8))),
     ("TinyMNISTNet", lambda: TinyMNISTNet(channels=(4, 4, 6, 6, 8, 8), norm="none")),
