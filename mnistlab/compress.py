@@ -320,12 +320,18 @@ def pack(model: nn.Module, bits: int, *, entropy: bool = True) -> bytes:
     symbols = (torch.cat(codes) + 2 ** (bits - 1) - 1).to(torch.uint8).cpu().numpy()
     bodies = [np.packbits(np.unpackbits(symbols[:, None], axis=1)[:, -bits:]).tobytes()]
     if entropy:
-        bodies += [zlib.compress(symbols, 9), lzma.compress(symbols, **LZMA)]
+        bodies += [_deflate(symbols), lzma.compress(symbols, **LZMA)]
     coding = min(range(len(bodies)), key=lambda i: len(bodies[i]))
     content = numbers + bodies[coding]
     start = MAGIC, VERSION, bits, coding, _architecture(model)
     checksum = zlib.crc32(HEADER.pack(*start, 0) + content)
     return HEADER.pack(*start, checksum) + content
+
+
+def _deflate(symbols: np.ndarray) -> bytes:
+    # Weights repeat themselves in runs of zeros alone: to look further makes the code longer.
+    coder = zlib.compressobj(9, strategy=zlib.Z_RLE)
+    return coder.compress(symbols) + coder.flush()
 
 
 def unpack(data: bytes, model: nn.Module) -> nn.Module:

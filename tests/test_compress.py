@@ -311,6 +311,16 @@ def test_zeros_cost_little(net):
     assert len(compress.pack(many, 8)) < 0.4 * len(compress.pack(some, 8))
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_integers_take_little_more_than_their_entropy(bits):
+    small = compress.quantize(compress.fold(ml.trained("cnn-8k")), bits)
+    codes = torch.cat([compress._codes(w, bits)[0].flatten() for w in weights(small)])
+    share = codes.unique(return_counts=True)[1] / len(codes)
+    entropy = -(share * share.log2()).sum().item() * len(codes) / 8  # bytes
+    rest = 13 + 2 * sum(len(w) for w in weights(small)) * 2  # head, steps and biases
+    assert entropy < len(compress.pack(small, bits)) - rest < 1.04 * entropy
+
+
 def test_eight_bits_change_few_predictions(mnist):
     model = ml.trained("cnn-8k")
     small = compress.quantize(compress.fold(model), 8)
