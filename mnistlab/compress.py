@@ -52,8 +52,10 @@ def prune(model: nn.Module, fraction: float, *, structured: bool = False) -> nn.
         raise ValueError("the model has no convolution and no linear layer")
     if structured:
         return _cut(copy.deepcopy(_plain(model)), fraction)
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # torch takes flat views
     weights = [(m, "weight") for m in model.modules() if isinstance(m, WEIGHTED)]
+    for module, _ in weights:
+        module.weight.data = module.weight.data.contiguous()  # what a mask leaves is no parameter
     with torch.no_grad():  # a masked weight that had a gradient could not be copied
         masks.global_unstructured(weights, masks.L1Unstructured, amount=float(fraction))
     return model
@@ -318,12 +320,18 @@ def pack(model: nn.Module, bits: int, *, entropy: bool = True) -> bytes:
     symbols = (torch.cat(codes) + 2 ** (bits - 1) - 1).to(torch.uint8).cpu().numpy()
     bodies = [np.packbits(np.unpackbits(symbols[:, None], axis=1)[:, -bits:]).tobytes()]
     if entropy:
-        bodies += [zlib.compress(symbols, 9), lzma.compress(symbols, **LZMA)]
+        bodies += [_deflate(symbols), lzma.compress(symbols, **LZMA)]
     coding = min(range(len(bodies)), key=lambda i: len(bodies[i]))
     content = numbers + bodies[coding]
     start = MAGIC, VERSION, bits, coding, _architecture(model)
     checksum = zlib.crc32(HEADER.pack(*start, 0) + content)
     return HEADER.pack(*start, checksum) + content
+
+
+def _deflate(symbols: np.ndarray) -> bytes:
+    # Weights repeat themselves in runs of zeros alone: to look further makes the code longer.
+    coder = zlib.compressobj(9, strategy=zlib.Z_RLE)
+    return coder.compress(symbols) + coder.flush()
 
 
 def unpack(data: bytes, model: nn.Module) -> nn.Module:

@@ -76,6 +76,16 @@ def test_pruning_again_takes_of_what_is_left(net):
     assert compress.sparsity(twice) == pytest.approx(0.75, abs=0.01)
 
 
+def test_what_was_trained_channels_last_can_be_pruned_and_pruned_again(tiny, net):
+    recipe = replace(RECIPE, epochs=1, channels_last=True)
+    model = ml.fit(net, tiny, recipe, progress=False).model
+    assert not weights(model)[1].is_contiguous()
+    for share in (0.5, 0.75):
+        model = compress.prune(model, 0.5)
+        assert compress.sparsity(model) == pytest.approx(share, abs=0.01)
+        model = ml.fit(model, tiny, recipe, progress=False).model
+
+
 CHAINS = [
     ("CNN", lambda: CNN(widths=(6, 8, 8))),
     ("TinyMNISTNet", lambda: TinyMNISTNet(channels=(4, 4, 6, 6, 8, 8), norm="none")),
@@ -299,6 +309,16 @@ def test_zeros_cost_little(net):
     some, many = (compress.quantize(compress.finish(compress.prune(ml.build("cnn-8k"), f)), 8)
                   for f in (0.1, 0.9))  # fmt: skip
     assert len(compress.pack(many, 8)) < 0.4 * len(compress.pack(some, 8))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_integers_take_little_more_than_their_entropy(bits):
+    small = compress.quantize(compress.fold(ml.trained("cnn-8k")), bits)
+    codes = torch.cat([compress._codes(w, bits)[0].flatten() for w in weights(small)])
+    share = codes.unique(return_counts=True)[1] / len(codes)
+    entropy = -(share * share.log2()).sum().item() * len(codes) / 8  # bytes
+    rest = 13 + 2 * sum(len(w) for w in weights(small)) * 2  # head, steps and biases
+    assert entropy < len(compress.pack(small, bits)) - rest < 1.04 * entropy
 
 
 def test_eight_bits_change_few_predictions(mnist):
