@@ -248,10 +248,10 @@ def test_a_record_names_the_weights_that_taught(mnist, monkeypatch):
 
 def test_a_student_whose_teacher_is_not_shipped_is_refused_before_it_trains(monkeypatch, tmp_path):
     monkeypatch.setenv("MNISTLAB_DATA", str(tmp_path))
-    recipe = ml.Recipe(model="linear-8k", teacher="vit-8k")
+    recipe = ml.Recipe(model="linear-8k", teacher="fastcnn-106k")
     monkeypatch.setitem(RECIPES, "linear-8k", recipe)
     monkeypatch.setattr(runs, "run_seed", None)  # would fail if called
-    with pytest.raises(ValueError, match="no weights of 'vit-8k' are shipped"):
+    with pytest.raises(ValueError, match="no weights of 'fastcnn-106k' are shipped"):
         runs.train_seeds("linear-8k", 1, folder=tmp_path / "results")
     monkeypatch.setitem(RECIPES, "linear-8k", replace(recipe, teacher="cnn8k"))
     with pytest.raises(ValueError, match="unknown recipe 'cnn8k'; near it: cnn-8k"):
