@@ -471,11 +471,13 @@ def test_without_the_library_the_picture_stays_and_a_line_says_so(browser, base)
     context.close()
 
 
-def test_the_chart_works_in_a_page_opened_as_a_file(browser, site):
+def test_chart_and_table_work_in_a_page_opened_as_a_file(browser, site):
     context = browser.new_context()
     tab = context.new_page()
     tab.goto((site / PAGE).as_uri())
     tab.wait_for_selector(READY)
     assert tab.locator(".explorer .point").count() > 5
     assert not tab.locator(PICTURE).is_visible()
+    assert set(click(tab, "recipe")) == set(runs.recorded())
+    assert tab.get_by_label("Filter").is_visible()
     context.close()

@@ -442,7 +442,7 @@ def add_scripts(app: Sphinx, page: str, template: str, context: dict, doctree) -
     if doctree and any("results" in raw["classes"] for raw in doctree.findall(nodes.raw)):
         app.add_css_file("../results/results.css")
         app.add_js_file("../sortable/sortable.min.js", loading_method="defer")
-        app.add_js_file("../results/results.js", type="module")
+        app.add_js_file("../results/results.js", loading_method="defer")
         app.add_js_file("../results/explorer.js", loading_method="defer")
 
 
