@@ -19,7 +19,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "nothing yet"
     cells = [list(rows[0])] + [
-        ["" if v is None else f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()]
+        [
+            "" if v is None else f"{v:,}" if isinstance(v, int) else str(v)
+            for v in map(row.get, rows[0])
+        ]
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -141,13 +144,16 @@ class Train:
             print("whole: augment=none, augment=mild; of the model: arguments.dropout, ...")
             return
         if self.seeds is not None:
-            if self.set or self.quick:
-                raise ValueError("records keep their recipe: --seeds goes with no --set or --quick")
+            alone = ("set", "quick", "seed", "device", "checkpoint", "save", "track", "test")
+            if given := [f for f in alone if getattr(self, f) != getattr(Train, f)]:
+                raise ValueError(f"records keep their recipe: --seeds goes with no --{given[0]}")
             known = runs.train_seeds(
                 self.name, self.seeds, workers=self.workers, on=self.on, watch=self.watch
             )
             show([summary(known)], self.json)
             return
+        if self.watch or self.workers or self.on != "here":
+            raise ValueError("--watch, --workers and --on are for records: they go with --seeds")
         self.train(override(find(self.name), self.set))
 
     def train(self, recipe: Recipe) -> None:
@@ -155,13 +161,12 @@ class Train:
         from dataclasses import replace
 
         from .data import load
-        from .evaluate import evaluate
         from .track import TRACKERS
         from .train import fit
 
         data = load(recipe.data, resplit=self.seed if recipe.resplit else None)
         if self.quick:
-            recipe = replace(recipe, epochs=1)
+            recipe = replace(recipe, epochs=1, swa_epochs=min(1, recipe.swa_epochs))
             data = replace(data, train=data.train[: 10 * recipe.batch_size])
         hook = TRACKERS[self.track](self.name, recipe, self.seed) if self.track else None
         run = fit(
@@ -176,7 +181,7 @@ class Train:
             progress=not self.json,
         )
         splits = {"val": data.val} | ({"test": data.test} if self.test else {})
-        reports = {name: evaluate(run.model, split) for name, split in splits.items()}
+        reports = {name: runs.tested(run.model, split, recipe) for name, split in splits.items()}
         if self.save:
             from safetensors.torch import save
 
@@ -242,6 +247,8 @@ class Results:
                 for row in rows
             ]
         show(rows, self.json)
+        for name in [] if self.name else runs.lost():
+            print(f"{name}: every recorded run diverged", file=sys.stderr)
 
 
 @dataclass
@@ -282,7 +289,7 @@ class Sweep:
                         for k, v in r["settings"].items()
                     },
                     "val": f"{100 * r['val_accuracy']:.2f}",
-                    "val loss": f"{r['val_loss']:.4f}",
+                    "val loss": f"{r['val_loss']:.4f}" if r["val_accuracy"] else "diverged",
                     **{k: round(r[k]) for k in keys},
                 }
                 for r in rows

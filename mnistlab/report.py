@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import plots, runs
 from .data import ASSETS, load
-from .evaluate import Report, evaluate
+from .evaluate import Report
 from .recipes import find
 
 ALT = {
@@ -44,7 +44,7 @@ def report(name: str, folder: Path = runs.RESULTS) -> str:
         if "weights" in first:
             recipe = find(name)
             data = load(recipe.data, resplit=0 if recipe.resplit else None)
-            tested = evaluate(runs.trained(name, folder=folder), data.test)
+            tested = runs.tested(runs.trained(name, folder=folder), data.test, recipe)
             figures["confusion"] = _png(plots.confusion(tested, data.classes))
             figures["mistakes"] = _png(plots.mistakes(tested, data.test))
             figures["samples"] = _png(_samples(tested, data.test.images))
@@ -53,6 +53,7 @@ def report(name: str, folder: Path = runs.RESULTS) -> str:
         name=name,
         headline=f"{known}." if known.n > 1 else f"{100 * known.mean:.2f}%.",
         n=known.n,
+        command=known.command,
         diverged=known.diverged,
         params=known.params,
         macs=known.macs,

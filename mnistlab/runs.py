@@ -8,25 +8,27 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors.torch import load as load_weights
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import recipes
-from .data import Dataset, data_root, load, rotations
+from .data import Dataset, Split, data_root, load, rotations
 from .evaluate import Report, Summary, evaluate
 from .many import can_stack, fit_many
 from .models import build, count_macs, count_parameters
@@ -68,6 +70,16 @@ class Results(Summary):
         return [record["seed"] for record in self.records]
 
     @property
+    def tried(self) -> int:
+        """Number of seeds, with those that diverged."""
+        return self.n + len(self.diverged)
+
+    @property
+    def command(self) -> str:
+        """What makes it again."""
+        return f"mnistlab train {self.name} --seeds {self.tried}"
+
+    @property
     def model(self) -> str:
         """The preset."""
         return self.records[0]["recipe"]["model"]
@@ -91,22 +103,35 @@ def results(name: str, folder: Path = RESULTS) -> Results:
     """The records of a recipe, all made by the recipe as it is now.
 
     Raises:
-        ValueError: there are none, or they are stale; the message says what to do.
+        ValueError: unknown name; or there are none, they are stale, or every run diverged. The
+            message says what to do.
     """
-    records = read(name, folder)
-    if not records:
+    if not (records := _current(name, folder)):
         raise ValueError(f"no records of {name!r}; make them: mnistlab train {name} --seeds 5")
-    if changes := stale(records, recipes.find(name)):
-        raise ValueError(
-            f"the records of {name!r} are stale: the recipe has another {', '.join(changes)} now; "
-            f"remove {folder / name}.jsonl and train again, or give the new recipe a new name"
-        )
     ended = tuple(record for record in records if "diverged" not in record)
     if not ended:
         raise ValueError(f"every recorded run of {name!r} diverged: {records[0]['diverged']}")
     values = tuple(record["test"]["correct"] / record["test"]["n"] for record in ended)
     diverged = tuple(record["seed"] for record in records if "diverged" in record)
     return Results(values, name, ended, diverged)
+
+
+def _current(name: str, folder: Path) -> list[Record]:
+    """What `read` gives; ValueError if another recipe, or another teacher, made it."""
+    recipe, records = recipes.find(name), read(name, folder)
+    if changes := stale(records, recipe):
+        raise ValueError(
+            f"the records of {name!r} are stale: the recipe has another {', '.join(changes)} now; "
+            f"remove {folder / name}.jsonl and train again, or give the new recipe a new name"
+        )
+    if recipe.teacher and records:
+        now = next((r["weights"] for r in read(recipe.teacher) if "weights" in r), None)
+        if any(record.get("teacher", now) != now for record in records):
+            raise ValueError(
+                f"the records of {name!r} are stale: {recipe.teacher!r} has other weights now; "
+                f"remove {folder / name}.jsonl and train again"
+            )
+    return records
 
 
 def power_law(known: Sequence[Results]) -> Callable[[float], float]:
@@ -128,24 +153,48 @@ def power_law(known: Sequence[Results]) -> Callable[[float], float]:
 
 
 def recorded(folder: Path = RESULTS) -> list[str]:
-    """Names of the recipes that have records."""
-    return sorted(path.stem for path in folder.glob("*.jsonl"))
+    """Names of the recipes that have results: records, of a run at least that did not diverge."""
+    return [name for name, ended in _ended(folder).items() if ended]
+
+
+def lost(folder: Path = RESULTS) -> list[str]:
+    """Names of the recipes of which every recorded run diverged: they have no results."""
+    return [name for name, ended in _ended(folder).items() if not ended]
+
+
+def _ended(folder: Path) -> dict[str, bool]:
+    names = sorted(path.stem for path in folder.glob("*.jsonl"))
+    return {name: any("diverged" not in r for r in read(name, folder)) for name in names}
 
 
 def read(name: str, folder: Path = RESULTS) -> list[Record]:
     """The records of a recipe, by seed; [] where there are none.
 
     Raises:
-        ValueError: a line is not a record; the message names it.
+        ValueError: a line is not a record, or a seed is there twice; the message names it.
     """
     path = folder / f"{name}.jsonl"
+    records = sorted(read_lines(path), key=lambda record: record["seed"])
+    for one, other in pairwise(records):
+        if one["seed"] == other["seed"]:
+            raise ValueError(f"{path}: seed {one['seed']} is there twice; remove a line")
+    return records
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The JSON objects of a file, each a run with its seed; none if there is no file.
+
+    Raises:
+        ValueError: a line is something else; the message names it.
+    """
     records = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records[-1]["seed"]
+        except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path}, line {number}, is damaged: remove the line") from None
-    return sorted(records, key=lambda record: record["seed"])
+    return records
 
 
 def stale(records: list[Record], recipe: Recipe) -> list[str]:
@@ -194,14 +243,14 @@ def train_seeds(
         ChildProcessError: a worker was killed.
     """
     recipe = recipes.find(name)
-    (data_root() / "runs").mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(data_root() / "runs" / f"{name}.lock", timeout=0).acquire()
-    except Timeout:
-        raise ValueError(f"another process is training {name!r}: wait for it, or stop it") from None
-    with lock:
-        if have := read(name, folder):
-            results(name, folder)  # raises if they are stale
+    with alone("training", name):
+        have = _current(name, folder)
+        kept = {path.stem for path in (folder / "watched").glob(f"{name}-*.npz")}
+        if watch and (blind := [r["seed"] for r in have if f"{name}-{r['seed']}" not in kept]):
+            raise ValueError(
+                f"{name!r} is recorded without the predictions of seeds {blind}: to keep them, "
+                f"move {folder / name}.jsonl away and train again"
+            )
         teacher_of(recipe)  # fails here if it must
         todo = [s for s in range(seeds) if s not in {record["seed"] for record in have}]
         load(recipe.data)  # downloads once, and fails here if it must
@@ -226,20 +275,39 @@ def train_seeds(
     return results(name, folder)
 
 
+def alone(doing: str, name: str) -> AcquireReturnProxy:
+    """Hold the lock of "training" or "sweeping" a recipe, as a context.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder = data_root() / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / f"{doing}-{name}.lock", timeout=0).acquire()
+    except Timeout:
+        raise ValueError(f"another process is {doing} {name!r}: wait for it, or stop it") from None
+
+
 def _here(task: Callable, jobs: list[tuple], workers: int | None) -> Iterator:
     """task(*job) of each job, as each ends, from processes of one thread each."""
-    workers = workers or (os.cpu_count() if pick_device().type == "cpu" else 1)
+    workers = min(workers or (os.cpu_count() if pick_device().type == "cpu" else 1), len(jobs)) or 1
     os.environ.setdefault(*MALLOC)
     spawn = multiprocessing.get_context("spawn")  # forking a process that has threads can hang
-    with ProcessPoolExecutor(min(workers, len(jobs)) or 1, spawn, _one_thread) as pool:
-        for future in as_completed([pool.submit(task, *job) for job in jobs]):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                raise ChildProcessError(
-                    "a worker was killed, perhaps for want of memory; run the same command again, "
-                    "and each run goes on from its last epoch"
-                ) from None
+    todo, running = iter(jobs), set()
+    with ProcessPoolExecutor(workers, spawn, _one_thread) as pool:
+        try:  # none waits in the pool: after an error, or Ctrl-C, the pool would run it
+            while running := running | {
+                pool.submit(task, *job) for job in islice(todo, workers - len(running))
+            }:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a worker was killed, perhaps for want of memory; run the same command again, "
+                "and each run goes on from its last epoch"
+            ) from None
 
 
 def start_ray() -> Any:
@@ -317,7 +385,12 @@ def _together(
 ) -> Iterator[tuple[Record, dict[str, bytes]]]:
     """What run_seed gives, of all seeds in one pass."""
     commit, data = _commit(), load(recipe.data)
-    for run in fit_many(data, recipe, seeds, device=device) if seeds else []:
+    try:
+        stack = fit_many(data, recipe, seeds, device=device) if seeds else []
+    except FloatingPointError:  # of one of them: then seed by seed, and each has its record
+        yield from (run_seed(name, recipe, seed) for seed in seeds)
+        return
+    for run in stack:
         yield _record(name, run, data, commit)
 
 
@@ -353,7 +426,7 @@ def _record(
     if recipe.tta:  # the views count; what a single view gives stands beside them
         record["single"] = {split: record[split] for split in views}
         for split, images in views.items():
-            record[split] = _counts(evaluate(run.model, images, tta=rotations(*recipe.tta)))
+            record[split] = _counts(tested(run.model, images, recipe))
     files = {}
     if seen:
         probabilities = (reports["test"].log_probs.exp() * 255).round().to(torch.uint8)
@@ -366,6 +439,11 @@ def _record(
         files[f"weights/{name}.safetensors"] = weights
         record["weights"] = hashlib.sha256(weights).hexdigest()
     return record, files
+
+
+def tested(model: nn.Module, split: Split, recipe: Recipe) -> Report:
+    """`evaluate` as the recipe says: over its rotated views, where it has some."""
+    return evaluate(model, split, tta=rotations(*recipe.tta) if recipe.tta else None)
 
 
 def _made(commit: str | None) -> dict[str, Any]:
@@ -462,6 +540,8 @@ def check(name: str, folder: Path = RESULTS) -> Iterator[str]:
         new, _ = run_seed(name, recipes.find(name), old["seed"])
     finally:
         torch.set_num_threads(threads)
+    if "diverged" in new:
+        raise ValueError(f"{name}, seed {old['seed']}, diverges now: {new['diverged']}")
     then, now = _percent(old["test"]), _percent(new["test"])
     yield f"{name}, seed {old['seed']}: recorded {then:.2f}%, now {now:.2f}%"
     if new["test"] == old["test"]:
@@ -490,6 +570,7 @@ def _checkpoint(name: str, seed: int) -> Path:
 
 
 def _one_thread() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker, not its present job alone
     torch.set_num_threads(1)
 
 
@@ -503,6 +584,7 @@ def _commit() -> str | None:
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else it is another's repository
         changed = git("status", "--porcelain", "--", "*.py")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):

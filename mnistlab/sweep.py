@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,8 @@ from tqdm.auto import tqdm
 from . import recipes
 from .data import load
 from .models import build
-from .runs import RESULTS, start_ray, teacher_of
-from .train import fit, write_atomically
+from .runs import RESULTS, alone, read_lines, start_ray, teacher_of
+from .train import Recipe, fit, write_atomically
 
 SWEEPS = RESULTS / "sweeps"
 
@@ -47,7 +48,9 @@ def sweep(
         The trials of this sweep, the best validation accuracy first, the lower loss on a tie.
 
     Raises:
-        ValueError: unknown recipe or field, a range without `trials`, or Ray is not installed.
+        ValueError: unknown recipe or value, a range without `trials`, a damaged record, another
+            sweep of this recipe is running, or Ray is not installed.
+        SystemExit: unknown field; the near ones are printed.
     """
     recipe = recipes.find(name)
     space = {field: _values(field, text) for field, text in over.items()}
@@ -60,15 +63,27 @@ def sweep(
         tried = recipes.override(recipe, _settings(dict(zip(space, values, strict=True))))
         build(tried.model, **tried.arguments)
         teacher_of(tried)
-    path = folder / f"{name}.jsonl"
-    before = [json.loads(line) for line in path.open()] if path.exists() else []
+    with alone("sweeping", name):
+        return _ranked(_search(name, recipe, space, trials, seed, folder / f"{name}.jsonl"))
+
+
+def _search(
+    name: str,
+    recipe: Recipe,
+    space: dict[str, Any],
+    trials: int | None,
+    seed: int,
+    path: Path,
+) -> list[dict[str, Any]]:
+    """The trials, each recorded as it ends; those that are recorded already are not made again."""
+    before = read_lines(path)
     rows = []  # of this sweep
     if trials is None:
         grid = [dict(zip(space, v, strict=True)) for v in itertools.product(*space.values())]
         rows = [row for row in before if row["seed"] == seed and row["settings"] in grid]
         grid = [settings for settings in grid if settings not in [r["settings"] for r in rows]]
         if not grid:
-            return _ranked(rows)
+            return rows
     load(recipe.data)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # one bar instead of tables
     ray = start_ray()
@@ -80,7 +95,12 @@ def sweep(
         settings = config.get("grid", config)
         tried = recipes.override(recipe, _settings(settings))
         teacher = teacher_of(tried)
-        run = fit(tried.model, tried.data, tried, seed=seed, teacher=teacher, progress=False)
+        try:
+            run = fit(tried.model, tried.data, tried, seed=seed, teacher=teacher, progress=False)
+        except FloatingPointError:  # a try too, and the worst; JSON has no infinity
+            worst = {"val_accuracy": 0.0, "val_loss": sys.float_info.max, "epochs": 0, "took": 0.0}
+            tune.report({"settings": settings} | worst)
+            return
         last = run.history[-1]
         row = {key: last[key] for key in ("val_accuracy", "val_loss")}
         tune.report({"settings": settings} | row | {"epochs": last["epoch"], "took": run.seconds})
@@ -134,7 +154,9 @@ def sweep(
     ray.shutdown()
     if failed := [result.error for result in found if result.error]:
         raise ValueError(f"{len(failed)} of {len(found)} trials failed: {failed[0]}")
-    return _ranked(rows)
+    if bar.n < total:  # Ctrl-C, which Tune keeps to itself
+        raise KeyboardInterrupt
+    return rows
 
 
 def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -173,6 +173,8 @@ def test_data_that_is_not_to_be_had_is_answered_in_one_line(command, offline, tm
         (["train", "linear-8k", "--set", "lr=1e30"], "the loss is"),
         (["train", "linear-8k", "--checkpoint", "TMP"], "TMP"),
         (["train", "linear-8k", "--seeds", "2", "--quick"], "records keep their recipe"),
+        (["train", "linear-8k", "--seeds", "2", "--save", "x"], "--seeds goes with no --save"),
+        (["train", "linear-8k", "--watch"], "they go with --seeds"),
         (["train", "linear-8k", "--set", "teacher=cnn9k"], "unknown recipe 'cnn9k'; near it: cnn-"),
         (["compress", "linear-8k"], "no weights of 'linear-8k' are shipped"),
         (["compress", "dense-8k", "--bits", "1"], "bits=1: must be in 2..8"),
@@ -207,6 +209,11 @@ def test_quick_trains_on_ten_batches(command, few):
     code, out, _ = command("train", "linear-8k", "--set", "batch_size=16", "--quick", "--json")
     (row,) = json.loads(out)["history"]
     assert code == 0 and round(row["images_per_second"] * row["seconds"]) == 160
+
+
+def test_quick_shortens_an_average_of_weights_too(command, few):
+    code, out, _ = command("train", "bottleneck-5k", "--set", "batch_size=16", "--quick", "--json")
+    assert code == 0 and json.loads(out)["recipe"]["swa_epochs"] == 1
 
 
 def test_an_interrupt_exits_with_130(command, monkeypatch):

@@ -80,6 +80,10 @@ def test_a_run_that_diverges_is_recorded_and_told_apart(folder, quickest, tmp_pa
     (tmp_path / "linear-8k.jsonl").write_text(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match="every recorded run of 'linear-8k' diverged: the loss is"):
         runs.results("linear-8k", tmp_path)
+    assert (runs.recorded(tmp_path), runs.lost(tmp_path)) == ([], ["linear-8k"])
+    assert (runs.recorded(folder), runs.lost(folder)) == (["linear-8k"], [])
+    known = runs.train_seeds("linear-8k", 1, folder=tmp_path)  # and it can go on
+    assert (known.seeds, known.diverged, known.tried) == ([0], (2,), 2)
 
 
 def test_a_power_law_is_found_again():
@@ -106,7 +110,7 @@ def test_a_seed_trained_again_is_the_same_to_the_last_image(folder, quickest):
 
 def test_a_recipe_is_trained_by_one_process_at_a_time(folder, quickest):
     with (
-        FileLock(ml.data.data_root() / "runs" / "linear-8k.lock"),
+        FileLock(ml.data.data_root() / "runs" / "training-linear-8k.lock"),
         pytest.raises(ValueError, match="another process is training 'linear-8k'"),
     ):
         runs.train_seeds("linear-8k", 3, folder=folder)
@@ -149,6 +153,8 @@ def test_watching_keeps_the_predictions_and_leaves_the_run_as_it_was(
     records = runs.read("linear-8k", folder)  # made without watching
     assert right.tolist() == [record["test"]["correct"] for record in records]
     assert (kept["probabilities"].argmax(2) == kept["predictions"][:, -1]).mean() > 0.99
+    with pytest.raises(ValueError, match=r"without the predictions of seeds \[0, 1\]"):
+        runs.train_seeds("linear-8k", 3, watch=True, folder=folder)
     with pytest.raises(ValueError, match="no predictions of 'linear-8k'"):
         runs.watched("linear-8k", folder)
 
@@ -193,8 +199,12 @@ def test_a_field_younger_than_a_record_had_its_default():
 def test_no_records_and_damaged_records_are_told_apart(tmp_path):
     with pytest.raises(ValueError, match="no records of 'cnn-8k'; make them"):
         runs.results("cnn-8k", tmp_path)
-    (tmp_path / "cnn-8k.jsonl").write_text('{"seed": 0}\n{"see')
-    with pytest.raises(ValueError, match=r"cnn-8k.jsonl, line 2, is damaged"):
+    for line in (b'{"see', b"[1]", b"3", b'{"a": 1}', b"\xff"):
+        (tmp_path / "cnn-8k.jsonl").write_bytes(b'{"seed": 0}\n' + line)
+        with pytest.raises(ValueError, match=r"cnn-8k.jsonl, line 2, is damaged"):
+            runs.results("cnn-8k", tmp_path)
+    (tmp_path / "cnn-8k.jsonl").write_text('{"seed": 0}\n{"seed": 0}\n')
+    with pytest.raises(ValueError, match=r"cnn-8k.jsonl: seed 0 is there twice"):
         runs.results("cnn-8k", tmp_path)
 
 
@@ -206,11 +216,24 @@ def test_unknown_recipes_are_answered_with_near_ones():
 def test_every_record_that_is_shipped_is_of_its_recipe_as_it_is_now():
     for name in runs.recorded():
         known, recipe = ml.results(name), RECIPES[name]
-        assert known.seeds == list(range(known.n))
+        assert sorted([*known.seeds, *known.diverged]) == list(range(known.tried))
         # The grid's runs are tries, to choose by on the validation images: one seed has to do.
         assert known.n >= 3 or (known.n == 1 and name.startswith("tinymnistnet"))
         model = ml.build(recipe.model, **recipe.arguments)
         assert known.params == ml.models.count_parameters(model)
+
+
+def touch_or_fail(path):
+    if path.name == "1":
+        raise OSError("no space")
+    path.touch()
+
+
+def test_after_an_error_nothing_more_is_started(tmp_path):
+    jobs = [(tmp_path / str(number),) for number in range(4)]
+    with pytest.raises(OSError, match="no space"):
+        list(runs._here(touch_or_fail, jobs, workers=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
 KILLS = """

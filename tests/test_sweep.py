@@ -35,12 +35,15 @@ def test_every_combination_then_a_range_are_tried_and_kept(quickest, tmp_path):
     assert len(lines) == 6 and all("val_accuracy" in json.loads(line) for line in lines)
     assert "test" not in json.loads(lines[0])
 
-    # A sweep that was stopped: what is missing is made, the rest is left as it was.
+    # A sweep that was stopped: what is missing is made, the rest is left as it was. A rate that
+    # diverges is a try too, the last in the list.
     (tmp_path / "linear-8k.jsonl").write_text("\n".join(lines[:3]) + "\n")
-    again = sweep("linear-8k", {"lr": "0.001,0.1", "augment": "none,mild"}, folder=tmp_path)
+    again = sweep("linear-8k", {"lr": "0.001,0.1,1e30", "augment": "none,mild"}, folder=tmp_path)
     kept = (tmp_path / "linear-8k.jsonl").read_text().splitlines()
-    assert kept[:3] == lines[:3] and len(kept) == 4
-    assert len(again) == 4 and all(json.loads(line) in again for line in kept)
+    assert kept[:3] == lines[:3] and len(kept) == 6
+    assert len(again) == 6 and all(json.loads(line) in again for line in kept)
+    assert [row["settings"]["lr"] for row in again[-2:]] == [1e30, 1e30]
+    assert [row["val_accuracy"] > 0 for row in again] == [True] * 4 + [False] * 2
 
 
 def test_values_of_tuples_are_told_apart():

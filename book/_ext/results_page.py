@@ -62,7 +62,7 @@ TABLE = jinja2.Template(
 {%- endfor %}
 <td><div class="highlight">
 {#- -#}
-<pre>{{ command(known) }}</pre></div></td>
+<pre>{{ known.command }}</pre></div></td>
 </tr>
 {%- endfor %}
 </tbody>
@@ -183,7 +183,7 @@ def notes(known: ml.Results) -> str:
     said = {
         "one seed: a try": known.n == 1,
         "did not learn": known.mean < LEARNT,
-        f"{len(known.diverged)} of {tried(known)} runs diverged": known.diverged,
+        f"{len(known.diverged)} of {known.tried} runs diverged": known.diverged,
         f"on {recipe['data']}": recipe["data"] != "mnist",
         ANEW: recipe["resplit"],
         "weights averaged": recipe["ema"] or recipe["swa_epochs"],
@@ -193,16 +193,6 @@ def notes(known: ml.Results) -> str:
         f"trained on {first['device']}": first["device"] != "cpu",
     }
     return "; ".join(text for text, holds in said.items() if holds)
-
-
-def tried(known: ml.Results) -> int:
-    """Seeds, with those that diverged."""
-    return known.n + len(known.diverged)
-
-
-def command(known: ml.Results) -> str:
-    """What makes it again."""
-    return f"mnistlab train {known.name} --seeds {tried(known)}"
 
 
 # Between recipe and command: title, text, and the number to sort by (None: sort by the text).
@@ -360,7 +350,7 @@ def point(known: ml.Results, times: Mapping[str, float]) -> dict[str, Any]:
         "sd": known.sd,
         "low": low,
         "high": high,
-        "command": command(known),
+        "command": known.command,
         "notes": notes(known),
     }
 
@@ -402,8 +392,11 @@ class ResultsTable(Reader):
 
     def run(self) -> list[nodes.Node]:
         rows = sorted(self.read(), key=lambda known: (known.params, known.name))
-        html = TABLE.render(columns=COLUMNS, rows=rows, command=command)
-        return [nodes.raw("", html, format="html", classes=["results"])]
+        html = TABLE.render(columns=COLUMNS, rows=rows)
+        table = nodes.raw("", html, format="html", classes=["results"])
+        if not (lost := runs.lost()):
+            return [table]
+        return [table, nodes.paragraph("", f"Every recorded run diverged: {', '.join(lost)}.")]
 
 
 class ResultsChart(Reader, Figure):
