@@ -63,13 +63,16 @@ RECIPES = {
         model="simplecnn-421k", epochs=15, lr=0.1, augment=MILD, channels_last=True
     ),
     "efficientnet-8k": replace(SGD, model="efficientnet-8k"),
+    "mobilenet-8k": replace(SGD, model="mobilenet-8k"),
+    "shufflenet-8k": replace(SGD, model="shufflenet-8k"),
+    "ghostnet-8k": replace(SGD, model="ghostnet-8k", lr=0.2),
+    "senet-8k": replace(SGD, model="senet-8k", lr=0.2),
     "vit-8k": replace(ADAMW, model="vit-8k", lr=0.008),
     "convnext-8k": replace(ADAMW, model="convnext-8k", lr=0.008),
     "capsules-8k": replace(CAPSULES, model="capsules-8k", augment=MILD),
     **{  # not tuned yet
         name: replace(shared, model=name, **fields)
         for shared, fields, names in (
-            (SGD, {}, ("mobilenet-8k", "shufflenet-8k", "ghostnet-8k", "senet-8k")),
             (SGD, {}, ("efficientnet-68k",)),
             (ADAMW, {}, ("vit-68k", "convnext-68k")),
             (ADAMW, {"channels_last": True}, [f"step-{step}-8k" for step in STEPS]),
