@@ -125,13 +125,18 @@ def _current(name: str, folder: Path) -> list[Record]:
             f"remove {folder / name}.jsonl and train again, or give the new recipe a new name"
         )
     if recipe.teacher and records:
-        now = next((r["weights"] for r in read(recipe.teacher) if "weights" in r), None)
+        now = _sha256(recipe.teacher)
         if any(record.get("teacher", now) != now for record in records):
             raise ValueError(
                 f"the records of {name!r} are stale: {recipe.teacher!r} has other weights now; "
                 f"remove {folder / name}.jsonl and train again"
             )
     return records
+
+
+def _sha256(name: str) -> str | None:
+    """Of the weights that a recipe's records have kept."""
+    return next((r["weights"] for r in read(name) if "weights" in r), None)
 
 
 def power_law(known: Sequence[Results]) -> Callable[[float], float]:
@@ -421,8 +426,7 @@ def _record(
         "history": run.history,
     }
     if recipe.teacher:  # its weights, by their SHA-256
-        taught = read(recipe.teacher)
-        record["teacher"] = next(r["weights"] for r in taught if "weights" in r)
+        record["teacher"] = _sha256(recipe.teacher)
     if recipe.tta:  # the views count; what a single view gives stands beside them
         record["single"] = {split: record[split] for split in views}
         for split, images in views.items():

@@ -1,5 +1,6 @@
 """Distillation: the loss against its formulas, and what a student may and may not see."""
 
+import json
 from dataclasses import replace
 
 import mnistlab as ml
@@ -233,7 +234,7 @@ def test_fields_that_need_a_teacher_or_forbid_one_are_refused():
         ml.Recipe(teacher="t", loss="capsules")
 
 
-def test_a_record_names_the_weights_that_taught(mnist, monkeypatch):
+def test_a_record_names_the_weights_that_taught(mnist, monkeypatch, tmp_path):
     few = ml.Dataset("mnist", mnist.train[:128], mnist.val[:50], mnist.test[:50])
     monkeypatch.setattr(runs, "load", lambda *_, **__: few)
     recipe = ml.Recipe(model="linear-8k", epochs=1, batch_size=64, teacher="dense-8k", hard=0.0)
@@ -244,6 +245,13 @@ def test_a_record_names_the_weights_that_taught(mnist, monkeypatch):
     again = ml.fit("linear-8k", few, recipe, teacher=teacher, progress=False)
     assert record["val"]["loss"] == ml.evaluate(again.model, few.val).loss
     assert list(files) == ["weights/s.safetensors"]
+
+    monkeypatch.setitem(RECIPES, "s", recipe)
+    (tmp_path / "s.jsonl").write_text(json.dumps(record))
+    assert ml.results("s", tmp_path).n == 1
+    (tmp_path / "s.jsonl").write_text(json.dumps(record | {"teacher": "other"}))
+    with pytest.raises(ValueError, match="'dense-8k' has other weights now"):
+        ml.results("s", tmp_path)
 
 
 def test_a_student_whose_teacher_is_not_shipped_is_refused_before_it_trains(monkeypatch, tmp_path):
