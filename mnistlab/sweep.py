@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from . import recipes
 from .data import load
 from .models import build
-from .runs import RESULTS, alone, read_lines, start_ray, teacher_of
+from .runs import RESULTS, alone, read_lines, stale, start_ray, teacher_of
 from .train import Recipe, fit, write_atomically
 
 SWEEPS = RESULTS / "sweeps"
@@ -32,8 +32,8 @@ def sweep(
     """Try settings of a recipe, each trial one run on one core, and record them all.
 
     Trials run on the cluster at $RAY_ADDRESS, or on a local Ray without it. A killed worker's
-    trial is started again, three times at most. Each is recorded as it ends; of combinations,
-    those that are recorded already are left alone.
+    trial is started again, three times at most. Each is recorded as it ends, with its whole
+    recipe; of combinations, those that are recorded already are left alone.
 
     Args:
         name: of a recipe.
@@ -81,6 +81,7 @@ def _search(
     if trials is None:
         grid = [dict(zip(space, v, strict=True)) for v in itertools.product(*space.values())]
         rows = [row for row in before if row["seed"] == seed and row["settings"] in grid]
+        rows = [row for row in rows if not _changed(row, recipe)]
         grid = [settings for settings in grid if settings not in [r["settings"] for r in rows]]
         if not grid:
             return rows
@@ -115,7 +116,9 @@ def _search(
         def on_trial_complete(self, *, trial: Any, **_: Any) -> None:
             last = trial.last_result
             row = {k: last[k] for k in ("settings", "val_accuracy", "val_loss", "epochs")}
-            rows.append(row | {"seconds": last["took"], "seed": seed, "date": last["date"]})
+            tried = recipes.override(recipe, _settings(row["settings"])).describe()
+            row |= {"seconds": last["took"], "seed": seed, "date": last["date"], "recipe": tried}
+            rows.append(row)
             before.append(rows[-1])
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in before).encode())
             self.bar.update()
@@ -161,6 +164,12 @@ def _search(
 
 def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["val_accuracy"], row["val_loss"]))
+
+
+def _changed(row: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Fields in which a trial differs from what its settings make of the recipe now."""
+    tried = recipes.override(recipe, _settings(row["settings"]))
+    return stale([row], tried) if "recipe" in row else []  # the first trials were kept without
 
 
 def _values(field: str, text: str) -> list[str] | tuple[float, float]:

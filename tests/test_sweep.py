@@ -1,6 +1,7 @@
 """The search for settings: what it tries, what it keeps, and how it answers mistakes."""
 
 import json
+from dataclasses import replace
 
 import mnistlab as ml
 import pytest
@@ -33,7 +34,8 @@ def test_every_combination_then_a_range_are_tried_and_kept(quickest, tmp_path):
     assert len(more) == 2 and all(0.01 <= row["settings"]["lr"] <= 0.5 for row in more)
     lines = (tmp_path / "linear-8k.jsonl").read_text().splitlines()
     assert len(lines) == 6 and all("val_accuracy" in json.loads(line) for line in lines)
-    assert "test" not in json.loads(lines[0])
+    first = json.loads(lines[0])
+    assert "test" not in first and first["recipe"]["lr"] == first["settings"]["lr"]
 
     # A sweep that was stopped: what is missing is made, the rest is left as it was. A rate that
     # diverges is a try too, the last in the list.
@@ -44,6 +46,22 @@ def test_every_combination_then_a_range_are_tried_and_kept(quickest, tmp_path):
     assert len(again) == 6 and all(json.loads(line) in again for line in kept)
     assert [row["settings"]["lr"] for row in again[-2:]] == [1e30, 1e30]
     assert [row["val_accuracy"] > 0 for row in again] == [True] * 4 + [False] * 2
+
+
+def test_a_trial_of_another_recipe_is_made_again(quickest, monkeypatch, tmp_path):
+    def start():
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "start_ray", start)
+    row = {"settings": {"lr": 0.1}, "val_accuracy": 0.9, "val_loss": 0.3, "epochs": 1, "seed": 0}
+    row["recipe"] = recipes.override(RECIPES["linear-8k"], ["lr=0.1"]).describe()
+    (tmp_path / "linear-8k.jsonl").write_text(json.dumps(row) + "\n")
+    assert sweep("linear-8k", {"lr": "0.1"}, folder=tmp_path) == [row]
+
+    changed = replace(RECIPES["linear-8k"], weight_decay=0.0)
+    monkeypatch.setitem(RECIPES, "linear-8k", changed)
+    with pytest.raises(InterruptedError):
+        sweep("linear-8k", {"lr": "0.1"}, folder=tmp_path)
 
 
 def test_values_of_tuples_are_told_apart():
