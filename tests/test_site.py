@@ -105,9 +105,9 @@ def visit(open_page):
     """visit(page): what one look at a page shows, light, dark and on a phone. One look each."""
     from axe_playwright_python.sync_playwright import Axe
 
-    def issues(tab, mode, context=None, **options):
+    def issues(tab, mode, **options):
         asked = {"preload": False, "resultTypes": ["violations"], **options}
-        found = Axe().run(tab, context=context, options=asked).response["violations"]
+        found = Axe().run(tab, options=asked).response["violations"]
         return [
             f"{mode}: {v['id']} ({v['impact']}): {v['help']}: {node['html'][:160]}"
             for v in found
@@ -122,44 +122,37 @@ def visit(open_page):
         seen = SimpleNamespace(**{key: list(value) for key, value in vars(log).items()})
         seen.formulas = tab.locator("mjx-container").count()
         seen.bad_formulas = tab.locator("mjx-merror, [data-mjx-error]").count()
-        code = [KINDS_OF_CODE] if tab.evaluate(MARK_KINDS) else []
-        seen.issues = issues(tab, "light", NO_CODE)
-        for context in code:
-            seen.issues += issues(tab, "light", context, runOnly=COLOURS)
-        tab.emulate_media(color_scheme="dark")
-        if tab.locator("html[data-theme]").count():  # 404.html has no theme to switch
-            tab.wait_for_selector("html[data-theme=dark]")
-        tab.wait_for_timeout(SETTLE)
-        for context in [NO_CODE, *code]:
-            seen.issues += issues(tab, "dark", context, runOnly=COLOURS)
-        seen.images = tab.evaluate(IMAGES)
         tab.set_viewport_size({"width": 375, "height": 800})
         tab.wait_for_timeout(RESIZE)
         seen.overflow = tab.evaluate(SCROLL)
         seen.too_wide = tab.evaluate(TOO_WIDE) if seen.overflow > 0 else []
         # Colours do not depend on the width.
-        seen.issues += issues(tab, "phone", rules={"color-contrast": {"enabled": False}})
+        seen.issues = issues(tab, "phone", rules={"color-contrast": {"enabled": False}})
+        tab.set_viewport_size({"width": 1280, "height": 900})
+        tab.wait_for_timeout(RESIZE)
+        tab.evaluate(THIN_OUT_CODE)
+        seen.issues += issues(tab, "light")
+        tab.emulate_media(color_scheme="dark")
+        if tab.locator("html[data-theme]").count():  # 404.html has no theme to switch
+            tab.wait_for_selector("html[data-theme=dark]")
+        tab.wait_for_timeout(SETTLE)
+        seen.issues += issues(tab, "dark", runOnly=["color-contrast", "link-in-text-block"])
+        seen.images = tab.evaluate(IMAGES)
         tab.close()
         return seen
 
     return visit
 
 
-COLOURS = ["color-contrast", "link-in-text-block"]
 # A chapter has thousands of pieces of code in some 25 colours, and each costs axe milliseconds:
-# it looks at the first of a kind.
-NO_CODE = {"exclude": [[".highlight"]]}
-KINDS_OF_CODE = {"include": [["[data-first]"]]}
-MARK_KINDS = """() => {
+# of a kind, the first stays.
+THIN_OUT_CODE = """() => {
     const kinds = new Set(), place = ".cell_input, .cell_output, [class*=highlight-]";
-    for (const piece of document.querySelectorAll(".highlight pre, .highlight span")) {
-        if (![...piece.childNodes].some(e => e.nodeType === Node.TEXT_NODE && e.data.trim()))
-            continue;
+    for (const piece of document.querySelectorAll(".highlight pre span")) {
         const kind = `${piece.className} in ${piece.closest(place)?.className}`;
-        piece.toggleAttribute("data-first", !kinds.has(kind));
+        if (kinds.has(kind) && !piece.children.length) piece.remove();
         kinds.add(kind);
     }
-    return kinds.size;
 }"""
 
 SETTLE = 200  # ms: colours fade, and axe would measure one on its way
