@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import mnistlab as ml
 import pytest
 import torch
+from filelock import FileLock
 from mnistlab import train
 from torch import Tensor
 
@@ -102,16 +103,23 @@ FLAGS = [
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    """The folder of the built pages, made anew: an old build would hide a failure."""
+    """The folder of the built pages, made anew: an old build would hide a failure. Workers of one
+    run share it."""
     pytest.importorskip("jupyter_book", reason="the site needs the `book` extra")
     pytest.importorskip("onnxscript", reason="the site needs the `playground` extra")
-    out = tmp_path_factory.mktemp("site")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out = shared / "site"
     command = [Path(sys.executable).with_name("jupyter-book"), "build", ROOT, "-W", "-n"]
     command += ["--keep-going", "--path-output", out]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    said = done.stdout + done.stderr
-    problems = [line for line in said.splitlines() if re.search("WARNING|ERROR|rror:", line)]
-    assert done.returncode == 0, "\n".join(problems) or said[-3000:]
+    with FileLock(shared / "site.lock"):
+        if not (said := shared / "site.txt").exists():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            said.write_text(f"{done.returncode}\n{done.stdout}{done.stderr}")
+    status, _, text = said.read_text().partition("\n")
+    problems = [line for line in text.splitlines() if re.search("WARNING|ERROR|rror:", line)]
+    assert status == "0", "\n".join(problems) or text[-3000:]
     return out / "_build" / "html"
 
 

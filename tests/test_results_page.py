@@ -97,6 +97,24 @@ def test_every_recorded_recipe_has_a_row_with_its_numbers(rows):
         assert ("diverged" in row["notes"]) == bool(known.diverged)
 
 
+def test_what_the_sources_state_stands_beside_the_records(site):
+    text = (site / PAGE).read_text()
+    table = text[text.index('id="what-the-sources-state"') :].partition("</table>")[0]
+    plain = [re.sub("<[^>]*>", "", f"<{row}".replace("</td>", "|")) for row in table.split("<tr")]
+    body = [[cell.strip() for cell in row.split("|")[:-1]] for row in plain[2:]]
+    assert len(body) >= 10
+    for name, stated, ours, n, verdict, _ in body:
+        known, figure = ml.results(name), float(stated.split()[-1])
+        assert (int(n), float(ours.split()[0])) == (known.n, round(100 * known.mean, 2))
+        low, high = (100 * end for end in known.interval)
+        if known.n == 1:
+            assert "a try" in verdict
+        elif min(known.values) < 0.5:
+            assert "did not learn" in verdict
+        else:
+            assert ("higher" in verdict, "lower" in verdict) == (low > figure, high < figure)
+
+
 def test_notes_name_what_sets_a_recipe_apart(rows):
     for name, row in rows.items():
         recipe = ml.results(name).records[0]["recipe"]

@@ -8,6 +8,7 @@ The records are the only source, so the page cannot lag behind them. Records tha
 their recipe are an error of the build.
 """
 
+import csv
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ import mnistlab as ml
 import npm
 from docutils import nodes
 from docutils.parsers.rst.directives.images import Figure
+from docutils.statemachine import StringList
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -73,6 +75,10 @@ TABLE = jinja2.Template(
     autoescape=True,
     undefined=jinja2.StrictUndefined,
 )
+
+BESIDE = """\
+| recipe | theirs, % | ours, % | n | ours is | theirs is |
+|---|--:|--:|--:|---|---|"""
 
 # Hidden until book/site/results/explorer.js has its library.
 EXPLORER = jinja2.Template(
@@ -208,6 +214,16 @@ COLUMNS = [
     ("family", family, None),
     ("notes", notes, None),
 ]
+
+
+def against(known: ml.Results, stated: float) -> str:
+    """Where the mean over seeds stands, beside a figure of another's in percent."""
+    if known.n == 1:
+        return "one seed: a try"
+    if failed := sum(value < LEARNT for value in known.values):
+        return f"of runs of which {failed} did not learn"
+    low, high = (100 * end for end in known.interval)
+    return "higher" if low > stated else "lower" if high < stated else "not told apart"
 
 
 def images(known: ml.Results) -> str:
@@ -399,6 +415,28 @@ class ResultsTable(Reader):
         return [table, nodes.paragraph("", f"Every recorded run diverged: {', '.join(lost)}.")]
 
 
+class ResultsBeside(Reader):
+    """```{results-beside}```, with lines of `recipe, percent that its source states, what that is`;
+    "over 98.5" is a percent too."""
+
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        recorded, lines = {known.name: known for known in self.read()}, BESIDE.splitlines()
+        for line in csv.reader(self.content, skipinitialspace=True):
+            if len(line) != 3 or line[0] not in recorded:
+                raise self.error(f"{line}: a recipe that has records, what is stated, what that is")
+            known, stated, how = recorded[line[0]], *line[1:]
+            ours = f"{100 * known.mean:.2f}"
+            ours += f"\xa0±\xa0{100 * known.sd:.2f}" if known.n > 1 else ""  # on one line
+            verdict = against(known, float(stated.removeprefix("over ")))
+            link = f'<a href="#{known.name}">{known.name}</a>'
+            lines.append(f"| {link} | {stated} | {ours} | {known.n} | {verdict} | {how} |")
+        holder = nodes.container()
+        self.state.nested_parse(StringList(lines), self.content_offset, holder)
+        return holder.children
+
+
 class ResultsChart(Reader, Figure):
     """```{results-chart}```, with the caption as its content."""
 
@@ -442,6 +480,7 @@ def add_scripts(app: Sphinx, page: str, template: str, context: dict, doctree) -
 def setup(app: Sphinx) -> dict:
     """Called by Sphinx."""
     app.add_directive("results-table", ResultsTable)
+    app.add_directive("results-beside", ResultsBeside)
     app.add_directive("results-chart", ResultsChart)
     app.connect("builder-inited", make)
     app.connect("html-page-context", add_scripts)
