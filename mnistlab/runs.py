@@ -315,8 +315,9 @@ def _here(task: Callable, jobs: list[tuple], workers: int | None) -> Iterator:
             ) from None
 
 
-def start_ray() -> Any:
-    """The module ray, connected to $RAY_ADDRESS, or to a Ray that it starts on this machine.
+def start_ray() -> tuple[Any, bool]:
+    """The module ray, connected to $RAY_ADDRESS, or to a Ray that it starts on this machine; and
+    whether it was not connected before, so that the caller may `shutdown` it.
 
     Raises:
         ValueError: Ray is not installed.
@@ -326,13 +327,14 @@ def start_ray() -> Any:
     except ImportError:
         raise ValueError("this needs Ray: pip install 'mnistlab[cluster]'") from None
     os.environ.setdefault(*MALLOC)
-    ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
-    return ray
+    if new := not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False)
+    return ray, new
 
 
 def _on_ray(task: Callable, jobs: list[tuple], workers: int | None) -> Iterator:
     """task(*job) of each job, as each ends, from Ray's workers; a killed one's job is retried."""
-    ray = start_ray()
+    ray, _ = start_ray()
     remote = ray.remote(num_cpus=1, max_retries=3)(task)
     waiting = [remote.remote(*job) for job in jobs]
     while waiting:

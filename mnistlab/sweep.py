@@ -87,7 +87,7 @@ def _search(
             return rows
     load(recipe.data)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # one bar instead of tables
-    ray = start_ray()
+    ray, new = start_ray()
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
@@ -154,7 +154,8 @@ def _search(
                 verbose=0,
             ),
         ).fit()
-    ray.shutdown()
+    if new:
+        ray.shutdown()
     if failed := [result.error for result in found if result.error]:
         raise ValueError(f"{len(failed)} of {len(found)} trials failed: {failed[0]}")
     if bar.n < total:  # Ctrl-C, which Tune keeps to itself

@@ -8,6 +8,7 @@ import pytest
 from mnistlab import recipes
 from mnistlab import sweep as module
 from mnistlab.recipes import RECIPES
+from mnistlab.runs import start_ray
 from mnistlab.sweep import sweep
 
 
@@ -18,8 +19,16 @@ def quickest(monkeypatch, tmp_path):
     monkeypatch.setitem(RECIPES, "linear-8k", recipe)
 
 
-def test_every_combination_then_a_range_are_tried_and_kept(quickest, tmp_path):
+@pytest.fixture
+def cluster(quickest):
+    """A Ray of the caller's own, which no sweep may stop."""
     pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    ray, _ = start_ray()
+    yield ray
+    ray.shutdown()
+
+
+def test_every_combination_then_a_range_are_tried_and_kept(cluster, tmp_path):
     rows = sweep("linear-8k", {"lr": "0.001,0.1", "augment": "none,mild"}, folder=tmp_path)
     tried = {(row["settings"]["lr"], row["settings"]["augment"]) for row in rows}
     assert tried == {(lr, augment) for lr in (0.001, 0.1) for augment in ("none", "mild")}
@@ -46,6 +55,7 @@ def test_every_combination_then_a_range_are_tried_and_kept(quickest, tmp_path):
     assert len(again) == 6 and all(json.loads(line) in again for line in kept)
     assert [row["settings"]["lr"] for row in again[-2:]] == [1e30, 1e30]
     assert [row["val_accuracy"] > 0 for row in again] == [True] * 4 + [False] * 2
+    assert cluster.is_initialized()
 
 
 def test_a_trial_of_another_recipe_is_made_again(quickest, monkeypatch, tmp_path):
