@@ -49,6 +49,7 @@ PLAYGROUND = Recipe(
 # What the modern families share, with a first guess at the rate.
 SGD = Recipe(epochs=15, lr=0.1, channels_last=True)
 ADAMW = Recipe(epochs=15, optimizer="adamw", lr=0.002, weight_decay=0.05)
+WALK = replace(ADAMW, lr=0.008, channels_last=True)
 CAPSULES = Recipe(
     epochs=15, optimizer="adam", lr=0.004, weight_decay=0.0, loss="capsules", channels_last=True
 )
@@ -70,12 +71,22 @@ RECIPES = {
     "vit-8k": replace(ADAMW, model="vit-8k", lr=0.008),
     "convnext-8k": replace(ADAMW, model="convnext-8k", lr=0.008),
     "capsules-8k": replace(CAPSULES, model="capsules-8k", augment=MILD),
+    **{
+        f"step-{step}-8k": replace(WALK, model=f"step-{step}-8k", **fields)
+        for step, fields in (
+            ("cnn", {"augment": MILD}),
+            ("patches", {}),
+            ("residual", {}),
+            ("depthwise", {"augment": MILD}),
+            ("kernel", {}),
+        )
+    },
     **{  # not tuned yet
         name: replace(shared, model=name, **fields)
         for shared, fields, names in (
             (SGD, {}, ("efficientnet-68k",)),
             (ADAMW, {}, ("vit-68k", "convnext-68k")),
-            (ADAMW, {"channels_last": True}, [f"step-{step}-8k" for step in STEPS]),
+            (WALK, {}, [f"step-{step}-8k" for step in list(STEPS)[5:]]),
             (CAPSULES, {}, ("capsules-68k", "capsules-162k", "capsules-8m")),
             (CAPSULES, {"loss": "cross-entropy"}, ("capscontrol-173k", "hvc-68k")),
         )
