@@ -15,7 +15,6 @@ from typing import Any
 
 from .data import Augment
 from .models import PRESETS
-from .models.steps import STEPS
 from .train import Recipe
 
 MILD = Augment(rotate=10, shift=2, scale=0.1)
@@ -49,7 +48,7 @@ PLAYGROUND = Recipe(
 # What the modern families share, with a first guess at the rate.
 SGD = Recipe(epochs=15, lr=0.1, channels_last=True)
 ADAMW = Recipe(epochs=15, optimizer="adamw", lr=0.002, weight_decay=0.05)
-WALK = replace(ADAMW, lr=0.008, channels_last=True)
+WALK = replace(ADAMW, lr=0.008, channels_last=True)  # the nine nets of chapter 6
 CAPSULES = Recipe(
     epochs=15, optimizer="adam", lr=0.004, weight_decay=0.0, loss="capsules", channels_last=True
 )
@@ -86,7 +85,7 @@ RECIPES = {
         for shared, fields, names in (
             (SGD, {}, ("efficientnet-68k",)),
             (ADAMW, {}, ("vit-68k", "convnext-68k")),
-            (WALK, {}, [f"step-{step}-8k" for step in list(STEPS)[5:]]),
+            (WALK, {}, [f"step-{step}-8k" for step in ("inverted", "few", "layernorm", "grn")]),
             (CAPSULES, {}, ("capsules-68k", "capsules-162k", "capsules-8m")),
             (CAPSULES, {"loss": "cross-entropy"}, ("capscontrol-173k", "hvc-68k")),
         )

@@ -119,7 +119,7 @@ def _search(
             tried = recipes.override(recipe, _settings(row["settings"])).describe()
             row |= {"seconds": last["took"], "seed": seed, "date": last["date"], "recipe": tried}
             rows.append(row)
-            before.append(rows[-1])
+            before.append(row)
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in before).encode())
             self.bar.update()
 

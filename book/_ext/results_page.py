@@ -221,7 +221,7 @@ def against(known: ml.Results, stated: float) -> str:
     if known.n == 1:
         return "one seed: a try"
     if failed := sum(value < LEARNT for value in known.values):
-        return f"of runs of which {failed} did not learn"
+        return f"a mean of {known.n}, of which {failed} did not learn"
     low, high = (100 * end for end in known.interval)
     return "higher" if low > stated else "lower" if high < stated else "not told apart"
 
