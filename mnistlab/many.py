@@ -1,143 +1,126 @@
-"""Many seeds in one pass: their weights stacked, one call of the model for all of them.
+"""Many runs in one pass, for a GPU, of which the steps of one small model use little.
 
-Meant for a GPU, of which one small model uses little. On a CPU, processes side by side are quicker.
+A step of every run is a branch of one CUDA graph: the GPU runs them side by side, and Python has a
+single call to make. On a CPU, processes side by side are quicker.
 """
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.func import functional_call, stack_module_state, vmap
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .data import Dataset, batches
-from .models import build
-from .train import LOSSES, Recipe, Run, make_loss, make_optimizer, make_schedule, pick_device
+from .data import Dataset
+from .train import Loop, Recipe, Run, conditions, pick_device, prepared
 
-# What a stack does not do: such a recipe is run seed by seed.
-PLAIN = (
-    "ema",
-    "swa_epochs",
-    "clip",
-    "compile",
-    "precision",
-    "target",
-    "resplit",
-    "teacher",
-    "weight_bits",
-)
+ALONE = ("compile", "precision", "target", "resplit")  # what a pass does not do
+TOGETHER = ("data", "epochs", "batch_size", "teacher")  # in which its runs must agree
+WARM_UP = 3  # steps before the capture, for what is allocated and chosen in the first ones
 
 
-def can_stack(recipe: Recipe) -> bool:
-    """Whether `fit_many` can run this recipe."""
+def can_stack(*recipes: Recipe) -> bool:
+    """Whether `fit_many` can run these recipes in one pass."""
     default = Recipe()
-    plain = all(getattr(recipe, name) == getattr(default, name) for name in PLAIN)
-    stacks = recipe.loss in LOSSES and recipe.loss != "capsules"  # whose output is no tensor
-    return plain and stacks and recipe.schedule != "plateau"
+    return all(
+        all(getattr(recipe, name) == getattr(default, name) for name in ALONE)
+        and all(getattr(recipe, name) == getattr(recipes[0], name) for name in TOGETHER)
+        for recipe in recipes
+    )
 
 
 def fit_many(
     data: Dataset,
-    recipe: Recipe,
-    seeds: Sequence[int],
+    jobs: Sequence[tuple[Recipe, int]],
     *,
+    teacher: nn.Module | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-) -> list[Run]:
-    """Train the recipe's model with each seed, all at once; what `fit` would give, but for rounding
-    and for the draws of dropout.
+) -> list[Run | FloatingPointError]:
+    """Train many models at once; what `fit` would give, but for the draws of dropout.
 
     Args:
-        seeds: of the runs; each draws its own weights, order of images and augmentation, as in
-            `fit`.
+        jobs: recipe and seed of each run; each draws its own weights, order of images and
+            augmentation, as in `fit`.
+        teacher: where the recipes name one, its model.
         device: default the best there is.
 
     Returns:
-        A Run for each seed; `seconds` is its share of the pass.
+        A Run for each job, or the error of one whose loss is no longer finite. `seconds` is its
+        share of the pass.
 
     Raises:
-        ValueError: the recipe asks for what a stack does not do.
-        FloatingPointError: a loss is no longer finite.
+        ValueError: the recipes ask for what a pass does not do.
     """
-    if not can_stack(recipe):
+    if not can_stack(*(recipe for recipe, _ in jobs)):
         raise ValueError(
-            f"fit_many takes no plateau, own loss, capsules, {', '.join(PLAIN)}: use fit"
+            f"fit_many takes recipes of the same {', '.join(TOGETHER)}, and no {', '.join(ALONE)}"
         )
     device = pick_device(device)
-    train, val = data.train.to(device), data.val.to(device)
-    batch_size = min(recipe.batch_size, len(train))
-    steps, k = len(train) // batch_size, len(seeds)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        models = []
-        for seed in seeds:
-            torch.manual_seed(seed)
-            models.append(build(recipe.model, **recipe.arguments).to(device))
-        parameters, buffers = stack_module_state(models)  # name -> [k, ...]
-        skeleton = models[0]  # its structure alone: functional_call lends it the weights
+    with conditions(device), ExitStack() as stack:
+        gpu = device.type == "cuda"
+        loops = [
+            stack.enter_context(prepared(recipe.model, data, recipe, seed, device, teacher, gpu))
+            for recipe, seed in jobs
+        ]
+        step = Steps(loops, device)
+        histories = [[] for _ in loops]
+        epochs = range(1, jobs[0][0].epochs + 1) if jobs else ()
+        for epoch in tqdm(epochs, unit="epoch", leave=False, disable=not progress):
+            started = time.perf_counter()
+            for parts in zip(*(loop.begin(epoch) for loop in loops), strict=True):
+                step(parts)
+                for loop in loops:
+                    loop.after_step()
+            means = [loop.end(epoch) for loop in loops]
+            seconds = (time.perf_counter() - started) / len(loops)
+            for loop, mean, history in zip(loops, means, histories, strict=True):
+                history.append(loop.validate(epoch, mean, seconds))
+    return [_ended(loop, history) for loop, history in zip(loops, histories, strict=True)]
 
-        def one(parameters: dict, buffers: dict, images: Tensor) -> Tensor:
-            return functional_call(skeleton, (parameters, buffers), (images,))
 
-        optimizer = make_optimizer(list(parameters.values()), recipe, matrix=3)
-        schedule = make_schedule(optimizer, recipe, steps)
-        loss_of = vmap(make_loss(recipe))
-        histories: list[list[dict[str, float]]] = [[] for _ in seeds]
-        bar = tqdm(total=recipe.epochs, unit="epoch", leave=False, disable=not progress)
-        for epoch in range(1, recipe.epochs + 1):
-            lr, total, started = optimizer.param_groups[0]["lr"], 0.0, time.perf_counter()
-            clean = epoch > recipe.epochs - recipe.clean_epochs
-            states = [s * 1_000_003 + epoch for s in seeds]  # as fit() has them
-            torch.manual_seed(states[0])
-            streams = [
-                batches(
-                    train,
-                    batch_size,
-                    shuffle=torch.Generator(device).manual_seed(state),
-                    augment=None if clean or not recipe.augment else recipe.augment,
-                    drop_last=True,
-                )
-                for state in states
-            ]
-            skeleton.train()
-            forward = vmap(one, randomness="different")
-            for parts in zip(*streams, strict=True):
-                images, labels = (torch.stack(part) for part in zip(*parts, strict=True))
-                losses = loss_of(forward(parameters, buffers, images), labels)  # [k]
-                optimizer.zero_grad()
-                losses.sum().backward()  # each seed's loss sees its own weights alone
-                optimizer.step()
-                schedule.step()
-                total = total + losses.detach()
-            means = (total / steps).tolist()
-            if not all(map(math.isfinite, means)):
-                raise FloatingPointError(f"a loss is no longer finite in epoch {epoch}: {means}")
-            seconds = time.perf_counter() - started
-            skeleton.eval()
-            forward = vmap(one, in_dims=(0, 0, None))
-            with torch.no_grad():
-                chunks = [forward(parameters, buffers, x) for x, _ in batches(val, 1000)]
-            logits = torch.cat(chunks, 1).float()  # [k, N, K]
-            for history, mean, own in zip(histories, means, logits, strict=True):
-                history.append(
-                    {
-                        "epoch": epoch,
-                        "lr": lr,
-                        "train_loss": mean,
-                        "val_loss": F.cross_entropy(own, val.labels).item(),
-                        "val_accuracy": (own.argmax(1) == val.labels).float().mean().item(),
-                        "seconds": seconds / k,
-                        "images_per_second": k * steps * batch_size / seconds,
-                    }
-                )
-            bar.update()
-        bar.close()
-    stacked = {**parameters, **buffers}
-    runs = []
-    for i, (seed, model) in enumerate(zip(seeds, models, strict=True)):
-        model.load_state_dict({name: value[i].detach() for name, value in stacked.items()})
-        threads = torch.get_num_threads()
-        runs.append(Run(model.eval(), recipe, seed, histories[i], device.type, threads))
-    return runs
+def _ended(loop: Loop, history: list[dict[str, float]]) -> Run | FloatingPointError:
+    for row in history:
+        if not math.isfinite(row["train_loss"]):
+            return FloatingPointError(f"the loss is {row['train_loss']} in epoch {row['epoch']}")
+    return loop.run(history)
+
+
+class Steps:
+    """The next step of each loop, all in one call."""
+
+    def __init__(self, loops: list[Loop], device: torch.device):
+        self.loops, self.graph, self.taken = loops, None, 0
+        self.streams = [torch.cuda.Stream() for _ in loops] if device.type == "cuda" else []
+
+    def __call__(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take a step with a batch, images and labels, for each loop."""
+        self.taken += 1
+        if not self.streams:
+            for loop, part in zip(self.loops, parts, strict=True):
+                loop.step(*part)
+        elif self.taken <= WARM_UP:
+            with warnings.catch_warnings():  # that it is not captured
+                warnings.simplefilter("ignore")
+                self.branches(parts)
+        else:
+            if self.graph is None:
+                self.inputs = [tuple(x.clone() for x in part) for part in parts]
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):  # records, and runs nothing
+                    self.branches(self.inputs)
+            for i in (0, 1):
+                torch._foreach_copy_([own[i] for own in self.inputs], [part[i] for part in parts])
+            self.graph.replay()
+
+    def branches(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        here = torch.cuda.current_stream()
+        for loop, stream, part in zip(self.loops, self.streams, parts, strict=True):
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                loop.step(*part)
+        for stream in self.streams:
+            here.wait_stream(stream)

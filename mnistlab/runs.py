@@ -360,7 +360,7 @@ def run_seed(
 
     Returns:
         The record, and files to keep, by path: the weights of seed 0, the predictions. A run whose
-        loss is no longer finite has a record too: no seed is dropped.
+        loss is no longer finite has a record too.
     """
     commit = _commit()  # of the code that runs, which may be another by the end
     data = load(recipe.data, resplit=seed if recipe.resplit else None)
@@ -381,9 +381,7 @@ def run_seed(
             progress=False,
         )
     except FloatingPointError as error:
-        conditions = {"device": pick_device().type, "threads": torch.get_num_threads()}
-        record = {"name": name, "seed": seed, "recipe": recipe.describe(), "diverged": str(error)}
-        return record | conditions | _made(commit), {}
+        return _diverged(name, recipe, seed, error, commit), {}
     return _record(name, run, data, commit, seen)
 
 
@@ -392,13 +390,22 @@ def _together(
 ) -> Iterator[tuple[Record, dict[str, bytes]]]:
     """What run_seed gives, of all seeds in one pass."""
     commit, data = _commit(), load(recipe.data)
-    try:
-        stack = fit_many(data, recipe, seeds, device=device) if seeds else []
-    except FloatingPointError:  # of one of them: then seed by seed, and each has its record
-        yield from (run_seed(name, recipe, seed) for seed in seeds)
-        return
-    for run in stack:
-        yield _record(name, run, data, commit)
+    jobs = [(recipe, seed) for seed in seeds]
+    runs = fit_many(data, jobs, teacher=teacher_of(recipe), device=device)
+    for seed, run in zip(seeds, runs, strict=True):
+        if isinstance(run, FloatingPointError):
+            yield _diverged(name, recipe, seed, run, commit), {}
+        else:
+            yield _record(name, run, data, commit)
+
+
+def _diverged(
+    name: str, recipe: Recipe, seed: int, error: FloatingPointError, commit: str | None
+) -> Record:
+    """The record of a run whose loss is no longer finite: no seed is dropped."""
+    conditions = {"device": pick_device().type, "threads": torch.get_num_threads()}
+    record = {"name": name, "seed": seed, "recipe": recipe.describe(), "diverged": str(error)}
+    return record | conditions | _made(commit)
 
 
 def _record(

@@ -1,5 +1,6 @@
 """Search for a recipe's settings by Ray Tune, on the validation images alone."""
 
+import datetime
 import itertools
 import json
 import os
@@ -14,9 +15,10 @@ from tqdm.auto import tqdm
 
 from . import recipes
 from .data import load
+from .many import can_stack, fit_many
 from .models import build
 from .runs import RESULTS, alone, read_lines, stale, start_ray, teacher_of
-from .train import Recipe, fit, write_atomically
+from .train import Recipe, Run, fit, pick_device, write_atomically
 
 SWEEPS = RESULTS / "sweeps"
 
@@ -31,8 +33,9 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Try settings of a recipe, each trial one run on one core, and record them all.
 
-    Trials run on the cluster at $RAY_ADDRESS, or on a local Ray without it. A killed worker's
-    trial is started again, three times at most. Each is recorded as it ends, with its whole
+    Trials run on the cluster at $RAY_ADDRESS, or on a local Ray without it; where there is a GPU,
+    combinations run there, in one pass. A killed worker's trial is started again, three times at
+    most. Each is recorded as it ends, with its whole
     recipe; of combinations, those that are recorded already are left alone.
 
     Args:
@@ -85,7 +88,25 @@ def _search(
         grid = [settings for settings in grid if settings not in [r["settings"] for r in rows]]
         if not grid:
             return rows
-    load(recipe.data)
+    data = load(recipe.data)
+
+    def keep(found: dict[str, Any]) -> None:
+        made = recipes.override(recipe, _settings(found["settings"])).describe()
+        row = {key: found[key] for key in ("settings", "val_accuracy", "val_loss", "epochs")}
+        row |= {"seconds": found["took"], "seed": seed, "date": found["date"], "recipe": made}
+        rows.append(row)
+        before.append(row)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in before).encode())
+
+    if trials is None and pick_device().type == "cuda":
+        tried = [recipes.override(recipe, _settings(settings)) for settings in grid]
+        if can_stack(*tried):  # all at once
+            jobs = [(one, seed) for one in tried]
+            runs = fit_many(data, jobs, teacher=teacher_of(tried[0]))
+            for settings, run in zip(grid, runs, strict=True):
+                date = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")  # as Tune has it
+                keep({"settings": settings, "date": date, **_outcome(run)})
+            return rows
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # one bar instead of tables
     ray, new = start_ray()
     from ray import tune
@@ -98,13 +119,9 @@ def _search(
         teacher = teacher_of(tried)
         try:
             run = fit(tried.model, tried.data, tried, seed=seed, teacher=teacher, progress=False)
-        except FloatingPointError:  # a try too, and the worst; JSON has no infinity
-            worst = {"val_accuracy": 0.0, "val_loss": sys.float_info.max, "epochs": 0, "took": 0.0}
-            tune.report({"settings": settings} | worst)
-            return
-        last = run.history[-1]
-        row = {key: last[key] for key in ("val_accuracy", "val_loss")}
-        tune.report({"settings": settings} | row | {"epochs": last["epoch"], "took": run.seconds})
+        except FloatingPointError as error:
+            run = error
+        tune.report({"settings": settings} | _outcome(run))
 
     class Recorder(tune.Callback):
         def __init__(self, bar: tqdm):
@@ -114,13 +131,7 @@ def _search(
             return {}
 
         def on_trial_complete(self, *, trial: Any, **_: Any) -> None:
-            last = trial.last_result
-            row = {k: last[k] for k in ("settings", "val_accuracy", "val_loss", "epochs")}
-            tried = recipes.override(recipe, _settings(row["settings"])).describe()
-            row |= {"seconds": last["took"], "seed": seed, "date": last["date"], "recipe": tried}
-            rows.append(row)
-            before.append(row)
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in before).encode())
+            keep(trial.last_result)
             self.bar.update()
 
     if trials is None:
@@ -161,6 +172,15 @@ def _search(
     if bar.n < total:  # Ctrl-C, which Tune keeps to itself
         raise KeyboardInterrupt
     return rows
+
+
+def _outcome(run: Run | FloatingPointError) -> dict[str, Any]:
+    """What is kept of a trial; one that diverged is a try too, and the worst."""
+    if isinstance(run, FloatingPointError):  # JSON has no infinity
+        return {"val_accuracy": 0.0, "val_loss": sys.float_info.max, "epochs": 0, "took": 0.0}
+    last = run.history[-1]
+    scores = {key: last[key] for key in ("val_accuracy", "val_loss")}
+    return scores | {"epochs": last["epoch"], "took": run.seconds}
 
 
 def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ LOSSES = {
     "capsules": capsules.margin_loss,  # Sabour et al. 2017; of the output of capsule nets
 }
 LOOK_EVERY = 20  # batches between two looks at the loss: each look makes a GPU wait
+CHUNK = {"cuda": 32}  # batches that are shuffled and augmented at once: fewer calls of a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,46 +285,63 @@ def fit(
     if teacher is not None and not recipe.teacher:
         raise ValueError("the recipe names no teacher: give it one, such as Recipe(teacher='mine')")
 
+    with conditions(device), prepared(model, data, recipe, seed, device, teacher) as loop:
+        history = loop.resume(checkpoint)
+        with tqdm(
+            total=recipe.epochs * loop.steps,
+            initial=len(history) * loop.steps,
+            unit="batch",
+            leave=False,
+            disable=not progress or bool(os.environ.get("TQDM_DISABLE")),  # notebooks ignore it
+        ) as bar:
+            while len(history) < recipe.epochs and not loop.reached_target(history):
+                history.append(loop.epoch(len(history) + 1, bar))
+                loop.save(checkpoint, history)
+                if on_epoch is not None:
+                    on_epoch(history[-1], loop.reported(len(history)))
+    return loop.run(history)
+
+
+@contextlib.contextmanager
+def conditions(device: torch.device) -> Iterator[None]:
+    """In which runs are made: the caller's random state is kept aside, and cuDNN takes kernels that
+    repeat themselves, in float32 and not in the shorter form of a GPU's matrix units."""
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.backends.cudnn.flags(enabled=True, deterministic=True),
+        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
     ):
-        torch.manual_seed(seed)
-        model = build(model, **recipe.arguments) if isinstance(model, str) else model
-        model = model.to(device)
-        _check(model, data)
-        if isinstance(model, capsules.CapsuleNet) and recipe.loss in {*LOSSES} - {"capsules"}:
-            raise ValueError(f"loss={recipe.loss!r}: a capsule net trains with loss='capsules'")
-        if teacher is not None:
-            teacher = copy.deepcopy(teacher).to(device).eval()
-            _check_teacher(teacher, model, data.train[:2])
-        with compress.quantised(model, recipe.weight_bits):
-            loop = _Loop(model, data, recipe, seed, device, teacher)
-            history = loop.resume(checkpoint)
-            with tqdm(
-                total=recipe.epochs * loop.steps,
-                initial=len(history) * loop.steps,
-                unit="batch",
-                leave=False,
-                disable=not progress or bool(os.environ.get("TQDM_DISABLE")),  # notebooks ignore it
-            ) as bar:
-                while len(history) < recipe.epochs and not loop.reached_target(history):
-                    history.append(loop.epoch(len(history) + 1, bar))
-                    loop.save(checkpoint, history)
-                    if on_epoch is not None:
-                        on_epoch(history[-1], loop.reported(len(history)))
-        reported = compress.release(loop.reported(len(history)))  # an average is another module
-    return Run(
-        reported.eval(),
-        recipe,
-        seed,
-        history,
-        device.type,
-        torch.get_num_threads(),
-    )
+        yield
 
 
-class _Loop:
+@contextlib.contextmanager
+def prepared(
+    model: nn.Module | str,
+    data: Dataset,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    teacher: nn.Module | None = None,
+    capturable: bool = False,
+) -> Iterator["Loop"]:
+    """A run before its first step, held to what `fit` demands.
+
+    Raises:
+        ValueError: data, model and recipe do not fit together.
+    """
+    torch.manual_seed(seed)
+    model = build(model, **recipe.arguments) if isinstance(model, str) else model
+    model = model.to(device)
+    _check(model, data)
+    if isinstance(model, capsules.CapsuleNet) and recipe.loss in {*LOSSES} - {"capsules"}:
+        raise ValueError(f"loss={recipe.loss!r}: a capsule net trains with loss='capsules'")
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).to(device).eval()
+        _check_teacher(teacher, model, data.train[:2])
+    with compress.quantised(model, recipe.weight_bits):
+        yield Loop(model, data, recipe, seed, device, teacher, capturable)
+
+
+class Loop:
     """The moving parts of one run."""
 
     def __init__(
@@ -334,6 +352,7 @@ class _Loop:
         seed: int,
         device: torch.device,
         teacher: nn.Module | None = None,
+        capturable: bool = False,
     ):
         self.model, self.recipe, self.seed, self.device = model, recipe, seed, device
         self.teacher = teacher  # no part of the run: not in its checkpoints
@@ -343,7 +362,8 @@ class _Loop:
         if recipe.channels_last:
             for net in filter(None, (model, teacher)):
                 net.to(memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(model.parameters(), recipe)
+        self.total = torch.zeros((), device=device)  # of the losses in an epoch
+        self.optimizer = make_optimizer(model.parameters(), recipe, capturable)
         self.schedule = make_schedule(self.optimizer, recipe, self.steps)
         self.loss = make_loss(recipe)
         self.parts = {"model": model, "optimizer": self.optimizer, "schedule": self.schedule}
@@ -391,56 +411,86 @@ class _Loop:
 
     def epoch(self, epoch: int, bar: tqdm) -> dict[str, float]:
         """Train for one epoch, then validate; returns the row of the history."""
+        started = time.perf_counter()
+        for step, batch in enumerate(self.begin(epoch), start=1):
+            self.step(*batch)
+            self.after_step()
+            if step % LOOK_EVERY == 0 or step == self.steps:
+                self.look(self.total.item() / step, epoch, step, started, bar)
+            bar.update()
+        train_loss = self.end(epoch)
+        return self.validate(epoch, train_loss, time.perf_counter() - started)
+
+    def begin(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch."""
         recipe = self.recipe
         # Each epoch draws from states of its own, so that a resumed run needs none stored.
         draws = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + epoch)
         torch.manual_seed(self.seed * 1_000_003 + epoch)
         clean = epoch > recipe.epochs - recipe.clean_epochs
+        at_once = CHUNK.get(self.device.type, 1)
         stream = batches(
             self.train,
-            self.batch_size,
+            at_once * self.batch_size,
             shuffle=draws,
             augment=None if clean or not recipe.augment else recipe.augment,
-            drop_last=True,
+            drop_last=at_once == 1,
         )
-        lr, total, started = self.optimizer.param_groups[0]["lr"], 0.0, time.perf_counter()
+        self.lr = float(self.optimizer.param_groups[0]["lr"])
+        self.total.zero_()
         self.model.train()
-        for step, (images, labels) in enumerate(stream, start=1):
-            with self.autocast():
-                loss = self.loss_of(images, labels)
-            self.optimizer.zero_grad()
-            loss.backward()
-            if recipe.clip:
-                nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-            self.optimizer.step()
-            if recipe.schedule != "plateau":
-                self.schedule.step()
-            if recipe.ema:
-                self.average.update_parameters(self.model)
-            total = total + loss.detach()
-            if step % LOOK_EVERY == 0 or step == self.steps:
-                self.look(total.item() / step, epoch, step, started, bar)
-            bar.update()
-        if epoch > recipe.epochs - recipe.swa_epochs:
+        for chunk in stream:
+            parts = zip(*(part.split(self.batch_size) for part in chunk), strict=True)
+            yield from (part for part in parts if len(part[1]) == self.batch_size)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One step of the optimiser. Nothing here waits for a GPU: it can be captured."""
+        with self.autocast():
+            loss = self.loss_of(images, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.total += loss.detach()
+
+    def after_step(self) -> None:
+        if self.recipe.schedule != "plateau":
+            self.schedule.step()
+        if self.recipe.ema:
             self.average.update_parameters(self.model)
-            if epoch == recipe.epochs:  # the statistics of the average are not the average's
+
+    def end(self, epoch: int) -> float:
+        """End the training of an epoch, and wait for it; returns the mean loss."""
+        if epoch > self.recipe.epochs - self.recipe.swa_epochs:
+            self.average.update_parameters(self.model)
+            if epoch == self.recipe.epochs:  # the statistics of the average are not the average's
                 update_bn(batches(self.train, self.batch_size), self.average, self.device)
-        seconds = time.perf_counter() - started
+        return self.total.item() / self.steps
+
+    def validate(self, epoch: int, train_loss: float, seconds: float) -> dict[str, float]:
+        """The row of the history after an epoch whose training took so long."""
         with self.autocast():
             logits = predict(self.reported(epoch), self.val)
         val_loss = F.cross_entropy(logits, self.val.labels).item()
-        if recipe.schedule == "plateau":
+        if self.recipe.schedule == "plateau":
             self.schedule.step(val_loss)
         self.val_accuracy = (logits.argmax(1) == self.val.labels).sum().item() / len(self.val)
         return {
             "epoch": epoch,
-            "lr": lr,
-            "train_loss": total.item() / self.steps,
+            "lr": self.lr,
+            "train_loss": train_loss,
             "val_loss": val_loss,
             "val_accuracy": self.val_accuracy,
             "seconds": seconds,
             "images_per_second": self.steps * self.batch_size / seconds,
         }
+
+    def run(self, history: list[dict[str, float]]) -> Run:
+        """What was trained; the weights that a run computed with become plain ones."""
+        model = compress.release(self.reported(len(history)))  # an average is another module
+        threads = torch.get_num_threads()
+        return Run(model.eval(), self.recipe, self.seed, history, self.device.type, threads)
 
     def look(self, loss: float, epoch: int, step: int, started: float, bar: tqdm) -> None:
         """Stop if the loss is no longer finite; show how it goes."""
@@ -539,31 +589,32 @@ def make_loss(recipe: Recipe) -> Callable[[Any, Tensor], Tensor]:
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], recipe: Recipe, matrix: int = 2
+    parameters: Iterable[nn.Parameter], recipe: Recipe, capturable: bool = False
 ) -> torch.optim.Optimizer:
     """The recipe's optimiser of those parameters that are trained.
 
     Args:
-        matrix: dimensions from which on a parameter decays: biases and norms have fewer.
+        capturable: its step can be captured in a CUDA graph, and its rate changed afterwards.
     """
     trained = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= matrix], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim < matrix], "weight_decay": 0.0},
+    groups = [  # biases and norms have one dimension, and do not decay
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
+    lr, more = recipe.lr, {}
+    if capturable:
+        lr, more = torch.tensor(lr, device=trained[0].device), {"capturable": True}
     match recipe.optimizer:
         case "sgd":
             nesterov = recipe.nesterov
-            return torch.optim.SGD(
-                groups, recipe.lr, recipe.momentum, nesterov=nesterov, fused=True
-            )
+            return torch.optim.SGD(groups, lr, recipe.momentum, nesterov=nesterov, fused=True)
         case "rmsprop":
-            return torch.optim.RMSprop(groups, recipe.lr)
+            return torch.optim.RMSprop(groups, lr, **more)
         case "adam":
-            return torch.optim.Adam(groups, recipe.lr, recipe.betas, fused=True)
+            return torch.optim.Adam(groups, lr, recipe.betas, fused=True, **more)
         case "adamw":
-            return torch.optim.AdamW(groups, recipe.lr, recipe.betas, fused=True)
+            return torch.optim.AdamW(groups, lr, recipe.betas, fused=True, **more)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int):

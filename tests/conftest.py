@@ -63,7 +63,7 @@ def cut_off():
 
     @contextlib.contextmanager
     def cut_off(n: int):
-        epoch = train._Loop.epoch
+        epoch = train.Loop.epoch
 
         def interrupted(self, number, bar):
             if number == n:
@@ -71,7 +71,7 @@ def cut_off():
             return epoch(self, number, bar)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train._Loop, "epoch", interrupted)
+            patch.setattr(train.Loop, "epoch", interrupted)
             yield
 
     return cut_off
