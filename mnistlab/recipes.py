@@ -47,6 +47,7 @@ PLAYGROUND = Recipe(
 
 # What the modern families share, with a first guess at the rate.
 SGD = Recipe(epochs=15, lr=0.1, channels_last=True)
+STUDENT = replace(SGD, lr=0.2)  # the students of chapter 10, as cnn-8k
 ADAMW = Recipe(epochs=15, optimizer="adamw", lr=0.002, weight_decay=0.05)
 WALK = replace(ADAMW, lr=0.008, channels_last=True)  # the nine nets of chapter 6
 CAPSULES = Recipe(
@@ -58,7 +59,21 @@ RECIPES = {
     "dense-68k": Recipe(model="dense-68k", epochs=15, lr=0.05, augment=MILD),
     "simplecnn-8k": Recipe(model="simplecnn-8k", epochs=15, lr=0.05),
     "cnn-8k": Recipe(model="cnn-8k", epochs=15, lr=0.2, channels_last=True),
+    **{f"cnn-{size}": replace(STUDENT, model=f"cnn-{size}") for size in ("1k", "4k")},
+    **{  # with a teacher and without, on images that are changed and that are not
+        f"cnn-{size}-{arm}": replace(STUDENT, model=f"cnn-{size}", **fields)
+        for size in ("1k", "4k", "8k")
+        for arm, fields in (
+            ("taught", {"teacher": "cnn-68k"}),
+            ("mild", {"augment": MILD}),
+            ("mild-taught", {"augment": MILD, "teacher": "cnn-68k"}),
+        )
+    },
     "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, augment=MILD, channels_last=True),
+    **{
+        f"tinycnn-{size}": replace(STUDENT, model=f"tinycnn-{size}", augment=MILD)
+        for size in ("1k", "2k", "4k", "8k", "20k", "100k")
+    },
     "simplecnn-421k": Recipe(
         model="simplecnn-421k", epochs=15, lr=0.1, augment=MILD, channels_last=True
     ),

@@ -425,7 +425,8 @@ class Loop:
         """The batches of an epoch."""
         recipe = self.recipe
         # Each epoch draws from states of its own, so that a resumed run needs none stored.
-        draws = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + epoch)
+        # On the CPU, so that the order of images is the same on every device.
+        draws = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         torch.manual_seed(self.seed * 1_000_003 + epoch)
         clean = epoch > recipe.epochs - recipe.clean_epochs
         at_once = CHUNK.get(self.device.type, 1)
