@@ -78,6 +78,7 @@ RECIPES = {
         model="simplecnn-421k", epochs=15, lr=0.1, augment=MILD, channels_last=True
     ),
     "efficientnet-8k": replace(SGD, model="efficientnet-8k"),
+    "efficientnet-68k": replace(SGD, model="efficientnet-68k", lr=0.2),
     "mobilenet-8k": replace(SGD, model="mobilenet-8k"),
     "shufflenet-8k": replace(SGD, model="shufflenet-8k"),
     "ghostnet-8k": replace(SGD, model="ghostnet-8k", lr=0.2),
@@ -93,14 +94,16 @@ RECIPES = {
             ("residual", {}),
             ("depthwise", {"augment": MILD}),
             ("kernel", {}),
+            ("inverted", {}),
+            ("few", {"augment": MILD}),
+            ("layernorm", {"augment": MILD}),
+            ("grn", {"augment": MILD}),
         )
     },
     **{  # not tuned yet
         name: replace(shared, model=name, **fields)
         for shared, fields, names in (
-            (SGD, {}, ("efficientnet-68k",)),
-            (ADAMW, {}, ("vit-68k", "convnext-68k")),
-            (WALK, {}, [f"step-{step}-8k" for step in ("inverted", "few", "layernorm", "grn")]),
+            (ADAMW, {}, ("vit-68k", "convnext-68k", "vit-210k", "convnext-288k")),
             (CAPSULES, {}, ("capsules-68k", "capsules-162k", "capsules-8m")),
             (CAPSULES, {"loss": "cross-entropy"}, ("capscontrol-173k", "hvc-68k")),
         )

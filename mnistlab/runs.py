@@ -403,9 +403,10 @@ def _diverged(
     name: str, recipe: Recipe, seed: int, error: FloatingPointError, commit: str | None
 ) -> Record:
     """The record of a run whose loss is no longer finite: no seed is dropped."""
-    conditions = {"device": pick_device().type, "threads": torch.get_num_threads()}
+    device = pick_device().type
     record = {"name": name, "seed": seed, "recipe": recipe.describe(), "diverged": str(error)}
-    return record | conditions | _made(commit)
+    conditions = {"device": device, "threads": torch.get_num_threads()}
+    return record | conditions | _made(device, commit)
 
 
 def _record(
@@ -431,7 +432,7 @@ def _record(
         "images_per_second": run.images_per_second,
         "device": run.device,
         "threads": run.threads,
-        **_made(commit),
+        **_made(run.device, commit),
         "history": run.history,
     }
     if recipe.teacher:  # its weights, by their SHA-256
@@ -459,11 +460,11 @@ def tested(model: nn.Module, split: Split, recipe: Recipe) -> Report:
     return evaluate(model, split, tta=rotations(*recipe.tta) if recipe.tta else None)
 
 
-def _made(commit: str | None) -> dict[str, Any]:
+def _made(device: str, commit: str | None) -> dict[str, Any]:
     """On what, of what and when a record was made."""
     packages = {package: version(package) for package in ("torch", "mnistlab")}
     return {
-        "machine": processor(),
+        "machine": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "versions": {"python": platform.python_version()} | packages,
         "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
