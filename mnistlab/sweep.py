@@ -31,12 +31,12 @@ def sweep(
     seed: int = 0,
     folder: Path = SWEEPS,
 ) -> list[dict[str, Any]]:
-    """Try settings of a recipe, each trial one run on one core, and record them all.
+    """Try settings of a recipe, each trial one run, on one core, and record them all.
 
     Trials run on the cluster at $RAY_ADDRESS, or on a local Ray without it; where there is a GPU,
-    combinations run there, in one pass. A killed worker's trial is started again, three times at
-    most. Each is recorded as it ends, with its whole
-    recipe; of combinations, those that are recorded already are left alone.
+    combinations run there, all in one pass. A killed worker's trial is started again, three times
+    at most. Each is recorded as it ends, with its whole recipe; of combinations, those that are
+    recorded already are left alone.
 
     Args:
         name: of a recipe.

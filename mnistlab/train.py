@@ -280,10 +280,6 @@ def fit(
     device = pick_device(device)
     if recipe.precision == "bf16" and not has_bf16(device):
         raise ValueError(f"precision='bf16': this {device.type} has no such arithmetic; use 'fp32'")
-    if recipe.teacher and teacher is None:
-        raise ValueError(f"the recipe has a teacher: give teacher=ml.trained({recipe.teacher!r})")
-    if teacher is not None and not recipe.teacher:
-        raise ValueError("the recipe names no teacher: give it one, such as Recipe(teacher='mine')")
 
     with conditions(device), prepared(model, data, recipe, seed, device, teacher) as loop:
         history = loop.resume(checkpoint)
@@ -328,6 +324,10 @@ def prepared(
     Raises:
         ValueError: data, model and recipe do not fit together.
     """
+    if recipe.teacher and teacher is None:
+        raise ValueError(f"the recipe has a teacher: give teacher=ml.trained({recipe.teacher!r})")
+    if teacher is not None and not recipe.teacher:
+        raise ValueError("the recipe names no teacher: give it one, such as Recipe(teacher='mine')")
     torch.manual_seed(seed)
     model = build(model, **recipe.arguments) if isinstance(model, str) else model
     model = model.to(device)

@@ -97,6 +97,11 @@ def test_runs_that_cannot_go_in_step_are_refused(few, change):
         fit_many(few, [(RECIPE, 0), (replace(RECIPE, **change), 0)])
 
 
+def test_students_without_their_teacher_are_refused(few):
+    with pytest.raises(ValueError, match="the recipe has a teacher"):
+        fit_many(few, [(replace(RECIPE, teacher="cnn-68k"), 0)])
+
+
 def test_a_run_that_diverges_leaves_the_others_as_they_are(few):
     jobs = [(replace(RECIPE, lr=1e30), 0), (RECIPE, 1)]
     error, run = fit_many(few, jobs, progress=False)

@@ -27,6 +27,8 @@ EXACT = {
     "simplecnn-8k": 7_546,
     "simplecnn-65k": 65_414,
     "simplecnn-421k": 421_834,
+    "cnn-1k": 994,
+    "cnn-4k": 3_891,
     "cnn-8k": 7_942,
     "cnn-68k": 67_994,
     "fastcnn-106k": 106_234,

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import mnistlab as ml
 import pytest
-from mnistlab import recipes
+import torch
+from mnistlab import many, recipes
 from mnistlab import sweep as module
 from mnistlab.recipes import RECIPES
 from mnistlab.runs import start_ray
@@ -74,6 +75,31 @@ def test_a_trial_of_another_recipe_is_made_again(quickest, monkeypatch, tmp_path
         sweep("linear-8k", {"lr": "0.1"}, folder=tmp_path)
 
 
+def test_where_there_is_a_gpu_the_combinations_are_one_pass(quickest, monkeypatch, tmp_path):
+    """Here a CPU stands in for it."""
+    passes = []
+
+    def fit_many(data, jobs, **settings):
+        passes.append(jobs)
+        return many.fit_many(data, jobs, device="cpu", **settings)
+
+    monkeypatch.setattr(module, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(module, "fit_many", fit_many)
+    monkeypatch.setattr(module, "start_ray", lambda: pytest.fail("it started"))
+    over = {"lr": "0.1,1e30", "augment": "none,mild"}
+    rows = sweep("linear-8k", over, seed=3, folder=tmp_path)
+    (jobs,) = passes
+    assert [seed for _, seed in jobs] == [3] * 4
+    assert [row["recipe"] for row in rows[:2]] != [row["recipe"] for row in rows[2:]]
+    alone = ml.fit("linear-8k", "mnist", jobs[0][0], seed=3, device="cpu", progress=False)
+    best = next(row for row in rows if row["settings"] == {"lr": 0.1, "augment": "none"})
+    assert best["val_accuracy"] == alone.history[-1]["val_accuracy"]
+    assert [row["val_accuracy"] > 0 for row in rows] == [True, True, False, False]
+    kept = (tmp_path / "linear-8k.jsonl").read_text()
+    assert sweep("linear-8k", over, seed=3, folder=tmp_path) == rows and len(passes) == 1
+    assert (tmp_path / "linear-8k.jsonl").read_text() == kept
+
+
 def test_values_of_tuples_are_told_apart():
     assert module._values("arguments.widths", "(8,8),(6,6,6)") == ["(8,8)", "(6,6,6)"]
     recipe = recipes.override(RECIPES["cnn-8k"], ["arguments.widths=(6,6,6)"])
@@ -104,6 +130,8 @@ def test_each_tuned_recipe_is_the_best_of_its_tries_and_all_had_as_many():
     for name in names:
         rows = [json.loads(line) for line in (module.SWEEPS / f"{name}.jsonl").open()]
         assert len(rows) == 6 and len({row["epochs"] for row in rows}) == 1
+        if name in ("cnn-1k", "cnn-4k"):  # one rate for all arms of chapter 10
+            rows = [row for row in rows if row["settings"]["augment"] == "none"]
         best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
         settings = [f"{k}={v}" for k, v in best["settings"].items() if k != "epochs"]
         assert recipes.override(RECIPES[name], settings) == RECIPES[name]

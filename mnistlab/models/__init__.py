@@ -83,21 +83,6 @@ PRESETS = {
         for size, widths in (("1k", (4, 7, 5, 5)), ("4k", (8, 14, 11, 11)))
     },
     "cnn-68k": Preset(CNN, "global average pooling; Lin et al. 2013", {"widths": (32, 48, 56, 56)}),
-    **{  # the smallest that reads well: more layers, and the first ones at full size
-        f"tinycnn-{size}": Preset(
-            CNN,
-            "ours: searched on the validation images",
-            {"widths": widths, "stem": (3, 1), "pool_after": (1, 3)},
-        )
-        for size, widths in (
-            ("1k", (2, 2, 4, 4, 6, 7)),
-            ("2k", (4, 4, 6, 6, 8, 9)),
-            ("4k", (7, 6, 8, 8, 12, 13)),
-            ("8k", (9, 8, 12, 12, 17, 19)),
-            ("20k", (14, 13, 19, 19, 28, 29)),
-            ("100k", (30, 29, 43, 43, 64, 66)),
-        )
-    },
     "fastcnn-106k": Preset(FastCNN, "ours, for speed", {"channels": (16, 32), "hidden": 64}),
     "tinymnistnet-15k": Preset(
         TinyMNISTNet, "TinyMNISTNet, mnist_experiments", {"norm": "none", "dropout": 0.0}
