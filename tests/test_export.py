@@ -53,7 +53,8 @@ def test_the_list_is_that_of_the_records(rows):
 
 
 def test_one_model_of_a_kind_is_chosen(rows):
-    kinds = [(RECIPES[row["name"]].model, RECIPES[row["name"]].loss) for row in rows]
+    recipes = [RECIPES[row["name"]] for row in rows]
+    kinds = [(recipe.model, recipe.loss, recipe.teacher) for recipe in recipes]
     assert len(set(kinds)) == len(kinds)
     assert {"cnn-8k", "dense-8k"} <= {row["name"] for row in rows}  # not cnn-8k-resplit
     assert all(row["params"] <= LARGEST for row in rows)
