@@ -456,6 +456,7 @@ class Loop:
         self.total += loss.detach()
 
     def after_step(self) -> None:
+        """What no graph holds: the schedule, and the average of weights."""
         if self.recipe.schedule != "plateau":
             self.schedule.step()
         if self.recipe.ema:
