@@ -59,7 +59,7 @@ def walk(model: nn.Module, images: Tensor) -> tuple[Any, dict[Any, Tensor]]:
 
 def objective(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | Tensor,
     images: Tensor,
     labels: Tensor,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -72,11 +72,12 @@ def objective(
     times attention_loss. With hard=0 the labels are not used.
 
     Args:
-        teacher: in eval mode; sees the images as the student does, augmentation and all.
+        teacher: in eval mode; sees the images as the student does, augmentation and all. Or what it
+            says of them, logits [N, K], where attention is 0.
     """
     look = walk if attention else lambda model, images: (model(images), {})
     with torch.no_grad():
-        target, theirs = look(teacher, images)
+        target, theirs = (teacher, {}) if isinstance(teacher, Tensor) else look(teacher, images)
     output, ours = look(student, images)
     total = (1 - hard) * soft_loss(output.float(), target.float(), temperature)
     if hard:

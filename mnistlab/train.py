@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -362,6 +362,11 @@ class Loop:
         if recipe.channels_last and device.type == "cpu":  # half as fast on an H100, in float32
             for net in filter(None, (model, teacher)):
                 net.to(memory_format=torch.channels_last)
+        # Of images that never change a teacher is asked once, and not in each epoch.
+        self.answers = None
+        if teacher is not None and not recipe.augment and not recipe.attention:
+            with self.autocast():
+                self.answers = predict(teacher, self.train)
         self.total = torch.zeros((), device=device)  # of the losses in an epoch
         self.optimizer = make_optimizer(model.parameters(), recipe, capturable)
         self.schedule = make_schedule(self.optimizer, recipe, self.steps)
@@ -389,13 +394,15 @@ class Loop:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def loss_of(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch: the recipe's, or a student's."""
-        recipe = self.recipe
-        if self.teacher is None:
+        """The loss of a batch of `begin`: the recipe's, or a student's."""
+        recipe, teacher = self.recipe, self.teacher
+        if teacher is None:
             return self.loss(self.net(images), labels)
+        if self.answers is not None:
+            labels, teacher = self.train.labels[labels], self.answers[labels]
         return distill.objective(
             self.net,
-            self.teacher,
+            teacher,
             images,
             labels,
             self.loss,
@@ -422,8 +429,11 @@ class Loop:
         return self.validate(epoch, train_loss, time.perf_counter() - started)
 
     def begin(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch."""
-        recipe = self.recipe
+        """The batches of an epoch. Where the teacher's answers are known, the place of each image
+        in the split stands for its label: it says which answers are wanted."""
+        recipe, train = self.recipe, self.train
+        if self.answers is not None:
+            train = replace(train, labels=torch.arange(len(train), device=self.device))
         # Each epoch draws from states of its own, so that a resumed run needs none stored.
         # On the CPU, so that the order of images is the same on every device.
         draws = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -431,7 +441,7 @@ class Loop:
         clean = epoch > recipe.epochs - recipe.clean_epochs
         at_once = CHUNK.get(self.device.type, 1)
         stream = batches(
-            self.train,
+            train,
             at_once * self.batch_size,
             shuffle=draws,
             augment=None if clean or not recipe.augment else recipe.augment,

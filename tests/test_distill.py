@@ -1,5 +1,6 @@
 """Distillation: the loss against its formulas, and what a student may and may not see."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -171,6 +172,19 @@ def test_teacher_and_student_see_the_same_augmented_images(tiny):
     assert len(pairs) == 4 and all(torch.equal(a, b) for a, b in pairs)
     plain = tiny.train.inputs()
     assert not any((image == plain).flatten(1).all(1).any() for image in pairs[0][0])
+
+
+@pytest.mark.parametrize(("shift", "passes"), [(0.0, 1), (1e-6, 2)])  # of the teacher, in 2 epochs
+def test_of_images_that_never_change_a_teacher_is_asked_once(tiny, teacher, shift, passes):
+    asked, seen = copy.deepcopy(teacher), []
+    asked.register_forward_hook(lambda model, inputs, output: seen.append(len(output)))
+    recipe = replace(RECIPE, augment=ml.Augment(shift=shift))
+    run = ml.fit(student(), tiny, recipe, teacher=asked, progress=False)
+    assert sum(seen) == passes * len(tiny.train) + 2  # two, to see that the nets fit together
+    plain = ml.fit(student(), tiny, replace(RECIPE, augment=ml.Augment()), teacher=teacher,
+                   progress=False)  # fmt: skip
+    losses = [[row["train_loss"] for row in r.history] for r in (run, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_students_run_resumes_bit_for_bit(tiny, teacher, tmp_path, cut_off):
