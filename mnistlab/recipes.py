@@ -70,6 +70,12 @@ RECIPES = {
             ("mild-taught", {"augment": MILD, "teacher": "cnn-68k"}),
         )
     },
+    **{  # taught as cnn-8k-taught is, with rounded weights; the files have less than 4,000 bytes
+        f"cnn-{size}-{bits}bit": replace(
+            STUDENT, model=f"cnn-{size}", teacher="cnn-68k", weight_bits=bits
+        )
+        for size, bits in (("8k", 4), ("8k", 3), ("8k", 2), ("10k", 3), ("16k", 2))
+    },
     "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, augment=MILD, channels_last=True),
     "simplecnn-421k": Recipe(
         model="simplecnn-421k", epochs=15, lr=0.1, augment=MILD, channels_last=True

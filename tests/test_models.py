@@ -30,6 +30,8 @@ EXACT = {
     "cnn-1k": 994,
     "cnn-4k": 3_891,
     "cnn-8k": 7_942,
+    "cnn-10k": 10_481,
+    "cnn-16k": 16_656,
     "cnn-68k": 67_994,
     "fastcnn-106k": 106_234,
     "tinymnistnet-15k": 15_774,  # layer by layer in its text; without batch normalisation

@@ -78,9 +78,14 @@ PRESETS = {
         SimpleCNN, f"SimpleCNN, {TEMPLATE}", {"channels": (32, 64), "hidden": 128}
     ),
     "cnn-8k": Preset(CNN, "global average pooling; Lin et al. 2013", {"widths": (12, 20, 16, 16)}),
-    **{  # its students' sizes: the widths of cnn-8k, narrower
+    **{  # the widths of cnn-8k, narrower, for students; wider, for weights of few bits
         f"cnn-{size}": Preset(CNN, "global average pooling; Lin et al. 2013", {"widths": widths})
-        for size, widths in (("1k", (4, 7, 5, 5)), ("4k", (8, 14, 11, 11)))
+        for size, widths in (
+            ("1k", (4, 7, 5, 5)),
+            ("4k", (8, 14, 11, 11)),
+            ("10k", (14, 22, 19, 19)),
+            ("16k", (18, 28, 24, 24)),
+        )
     },
     "cnn-68k": Preset(CNN, "global average pooling; Lin et al. 2013", {"widths": (32, 48, 56, 56)}),
     "fastcnn-106k": Preset(FastCNN, "ours, for speed", {"channels": (16, 32), "hidden": 64}),
