@@ -114,6 +114,10 @@ RECIPES = {
             ("grn", {"augment": MILD}),
         )
     },
+    **{  # those of the walk that chose plain images, with the images of the others: a control
+        f"step-{step}-8k-mild": replace(WALK, model=f"step-{step}-8k", augment=MILD)
+        for step in ("patches", "residual", "kernel", "inverted")
+    },
     "cnn-8k-resplit": Recipe(model="cnn-8k", epochs=15, lr=0.2, channels_last=True, resplit=True),
     "tinymnistnet-sgd": replace(  # block A
         TINY,

@@ -217,12 +217,9 @@ def draw_pad(models: Sequence[str] = ("cnn-8k", "dense-8k")) -> W.VBox:
 
 
 def recorded_cnns() -> list[Results]:
-    """The recorded results of `CNN`s on MNIST's own split."""
-
-    def fits(recipe: Recipe) -> bool:
-        return PRESETS[recipe.model].family is CNN and recipe.data == "mnist" and not recipe.resplit
-
-    return [results(name) for name in recorded() if fits(recipes.find(name))]
+    """The recorded results of the presets of `CNN`, each by the recipe of its own name."""
+    own = (name for name in recorded() if recipes.find(name).model == name)
+    return [results(name) for name in own if PRESETS[name].family is CNN]
 
 
 def appraise(widths: Sequence[int], known: Sequence[Results]) -> tuple[int, str]:
