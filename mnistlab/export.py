@@ -18,6 +18,7 @@ from . import recipes, runs
 from .data import SOURCES
 from .models import PRESETS
 from .models.capsules import CapsuleNet
+from .models.steps import StepCNN
 from .models.vit import ViT, attention_maps, rollout
 from .train import write_atomically
 
@@ -121,19 +122,22 @@ def select(folder: Path = runs.RESULTS) -> list[str]:
     """Recipes that have weights and stand side by side: of MNIST, up to `LARGEST`, right more often
     than wrong; smallest first.
 
-    Of those that share preset, loss, teacher and bits, one: the preset's own recipe, or that with
-    most validation images right.
+    Of those that share preset, loss and teacher, one: the preset's own recipe, or that with most
+    validation images right. Of those with weights of few bits, one. The steps from one family to
+    another are none of their own.
     """
     best: dict[Any, tuple[tuple[bool, float], runs.Results]] = {}
     for name in runs.recorded(folder):
         known, recipe = runs.results(name, folder), recipes.find(name)
         shipped = (folder.parent / "weights" / f"{name}.safetensors").exists()
         fits = known.params <= LARGEST and recipe.data == "mnist" and not recipe.resplit
-        if not (shipped and fits and known.mean > 0.5):
+        step = PRESETS[recipe.model].family is StepCNN
+        if step or not (shipped and fits and known.mean > 0.5):
             continue
         right = sum(r["val"]["correct"] / r["val"]["n"] for r in known.records) / known.n
         rank = (name == recipe.model, right)
-        key = (recipe.model, recipe.loss, recipe.teacher, recipe.weight_bits)
+        bits = recipe.weight_bits > 0
+        key = bits or (recipe.model, recipe.loss, recipe.teacher)
         if key not in best or rank > best[key][0]:
             best[key] = rank, known
     chosen = [known for _, known in best.values()]

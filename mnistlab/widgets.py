@@ -24,7 +24,7 @@ from .models import CNN, PRESETS, ViT, count_macs, count_parameters
 from .models.capsules import CapsuleNet, route, tweak
 from .models.vit import attention_maps, rollout
 from .runs import Results, power_law, recorded, results, trained
-from .train import Recipe, predict
+from .train import predict
 
 try:
     import ipycanvas

@@ -54,8 +54,10 @@ def test_the_list_is_that_of_the_records(rows):
 
 def test_one_model_of_a_kind_is_chosen(rows):
     recipes = [RECIPES[row["name"]] for row in rows]
-    kinds = [(recipe.model, recipe.loss, recipe.teacher) for recipe in recipes]
-    assert len(set(kinds)) == len(kinds)
+    exact = [recipe for recipe in recipes if not recipe.weight_bits]
+    kinds = [(recipe.model, recipe.loss, recipe.teacher) for recipe in exact]
+    assert len(set(kinds)) == len(kinds) >= len(recipes) - 1  # and one with weights of few bits
+    assert not any(row["name"].startswith("step-") for row in rows)
     assert {"cnn-8k", "dense-8k"} <= {row["name"] for row in rows}  # not cnn-8k-resplit
     assert all(row["params"] <= LARGEST for row in rows)
 
