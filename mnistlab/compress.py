@@ -33,8 +33,8 @@ TINIEST = 2.0**-24  # the smallest float16 above 0
 def prune(model: nn.Module, fraction: float, *, structured: bool = False) -> nn.Module:
     """Take away the smallest weights of convolutions and linear layers.
 
-    By magnitude, over all layers at once (Han et al. 2015): they are masked, `fit` tunes the rest,
-    and `finish` makes the zeros permanent. Structured: each layer but the last loses its output
+    By magnitude (Han et al. 2015), but with one threshold for all layers: they are masked, `fit`
+    tunes the rest, and `finish` makes the zeros permanent. Structured: each layer but the last loses its output
     channels of the smallest L1 norm (Li et al. 2017), and the model is smaller.
 
     Args:
