@@ -26,6 +26,7 @@ BITS = range(2, 9)
 WEIGHTED = (nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 TINIEST = 2.0**-24  # the smallest float16 above 0
+WIDEST = 4  # what is clipped may lie so many times beyond the outermost code
 
 # --- pruning ------------------------------------------------------------------------------------
 
@@ -34,8 +35,8 @@ def prune(model: nn.Module, fraction: float, *, structured: bool = False) -> nn.
     """Take away the smallest weights of convolutions and linear layers.
 
     By magnitude (Han et al. 2015), but with one threshold for all layers: they are masked, `fit`
-    tunes the rest, and `finish` makes the zeros permanent. Structured: each layer but the last loses its output
-    channels of the smallest L1 norm (Li et al. 2017), and the model is smaller.
+    tunes the rest, and `finish` makes the zeros permanent. Structured: each layer but the last
+    loses its output channels of the smallest L1 norm (Li et al. 2017), and the model is smaller.
 
     Args:
         fraction: in 0..1, below 1; of the weights that are not masked yet, or of the channels of
@@ -220,7 +221,7 @@ def _codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     peak = flat.abs().amax(1, keepdim=True)
     best, step = torch.full_like(peak, torch.inf), torch.zeros_like(peak)
     # The largest weight is k steps, which finds the grid of weights that have one, or is clipped.
-    for k in [*range(1, top + 1), *torch.arange(top, 4 * top, top / 16).tolist()]:
+    for k in [*range(1, top + 1), *torch.arange(top, WIDEST * top, top / 16).tolist()]:
         tried = (peak / k).half().float().clamp(min=TINIEST)
         error = ((flat / tried).round().clamp(-top, top) * tried - flat).square().sum(1, True)
         step, best = torch.where(error < best, tried, step), torch.minimum(error, best)
@@ -232,6 +233,8 @@ class Quantiser(nn.Module):
 
     Rounding has gradient 1 (the straight-through estimator, Bengio et al. 2013). That of the step,
     its size and the first step are those of LSQ (Esser et al. 2020), which has a step a layer.
+    The largest weight of a channel is at most `WIDEST` times the largest code: at a high learning
+    rate a step may otherwise fall to 0, where normalisation makes the gradients explode.
     """
 
     def __init__(self, weight: Tensor, bits: int):
@@ -244,6 +247,8 @@ class Quantiser(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         step = self.step * self.slow
         step = step + (self.step - step).detach()  # its value, with a smaller gradient
+        peak = weight.detach().flatten(1).abs().amax(1)
+        step = torch.maximum(step, peak / (WIDEST * self.top))
         step = step + (step.half().float().clamp(min=TINIEST) - step).detach()
         step = step.view(-1, *[1] * (weight.ndim - 1))
         ratio = (weight / step).clamp(-self.top, self.top)

@@ -242,6 +242,18 @@ def test_straight_through_gradients_are_those_of_lsq():
     torch.testing.assert_close(quantiser.step.grad, expected)
 
 
+@pytest.mark.parametrize("step", [0.001, -1.0])
+def test_a_step_that_falls_to_nothing_is_held_by_the_largest_weight(step):
+    weight = torch.tensor([[0.9, -0.2, 0.05, -2.4]], requires_grad=True)
+    quantiser = compress.Quantiser(weight, bits=3)
+    quantiser.step.data.fill_(step)
+    out = quantiser(weight)
+    least = (torch.tensor(2.4) / 12).half().float()
+    torch.testing.assert_close(out.detach(), least * torch.tensor([[3.0, -1.0, 0.0, -3.0]]))
+    out.sum().backward()
+    assert quantiser.step.grad.item() == 0
+
+
 @pytest.mark.parametrize("change", [{}, {"ema": 0.5}, {"swa_epochs": 1}], ids=["", "ema", "swa"])
 def test_quantisation_aware_training_ends_with_weights_of_so_many_bits(tiny, net, change):
     recipe = replace(RECIPE, weight_bits=3, **change)
