@@ -126,11 +126,11 @@ def visit(open_page):
         tab.wait_for_timeout(RESIZE)
         seen.overflow = tab.evaluate(SCROLL)
         seen.too_wide = tab.evaluate(TOO_WIDE) if seen.overflow > 0 else []
+        tab.evaluate(UNWRAP_CODE)
         # Colours do not depend on the width.
         seen.issues = issues(tab, "phone", rules={"color-contrast": {"enabled": False}})
         tab.set_viewport_size({"width": 1280, "height": 900})
         tab.wait_for_timeout(RESIZE)
-        tab.evaluate(THIN_OUT_CODE)
         seen.issues += issues(tab, "light")
         tab.emulate_media(color_scheme="dark")
         if tab.locator("html[data-theme]").count():  # 404.html has no theme to switch
@@ -145,14 +145,15 @@ def visit(open_page):
 
 
 # A chapter has thousands of pieces of code in some 25 colours, and each costs axe milliseconds:
-# of a kind, the first stays.
-THIN_OUT_CODE = """() => {
+# of a kind, the first keeps its element, and the others their text alone.
+UNWRAP_CODE = """() => {
     const kinds = new Set(), place = ".cell_input, .cell_output, [class*=highlight-]";
     for (const piece of document.querySelectorAll(".highlight pre span")) {
         const kind = `${piece.className} in ${piece.closest(place)?.className}`;
-        if (kinds.has(kind) && !piece.children.length) piece.remove();
+        if (kinds.has(kind) && !piece.children.length) piece.replaceWith(piece.textContent);
         kinds.add(kind);
     }
+    for (const code of document.querySelectorAll(".highlight pre")) code.normalize();
 }"""
 
 SETTLE = 200  # ms: colours fade, and axe would measure one on its way
