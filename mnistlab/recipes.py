@@ -70,7 +70,7 @@ RECIPES = {
             ("mild-taught", {"augment": MILD, "teacher": "cnn-68k"}),
         )
     },
-    **{  # taught as cnn-8k-taught is, with rounded weights; the files have less than 4,000 bytes
+    **{  # as cnn-8k-taught, with rounded weights: its rate, and no tries of their own
         f"cnn-{size}-{bits}bit": replace(
             STUDENT, model=f"cnn-{size}", teacher="cnn-68k", weight_bits=bits
         )

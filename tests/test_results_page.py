@@ -141,7 +141,7 @@ def test_every_drawn_recipe_is_in_the_chart_with_its_numbers(explorer, rows):
         assert (point["params"], point["macs"], point["n"]) == (known.params, known.macs, known.n)
         assert (point["mean"], point["sd"]) == (known.mean, known.sd)
         assert (point["low"], point["high"]) == known.interval
-        assert point["bytes"] == math.ceil(known.params * (recipe.get("weight_bits") or 32) / 8)
+        assert point["bytes"] == math.ceil(bits(known) * known.params / 8)
         assert point["time"] == times.get(recipe["model"])
         assert point["images"].startswith(recipe["data"])
         assert ("split anew" in point["images"]) == resplit(known)
@@ -325,6 +325,10 @@ def middle(locator) -> tuple[float, float]:
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
 
+def bits(known: ml.Results) -> int:
+    return known.records[0]["recipe"].get("weight_bits") or 32  # of a weight
+
+
 def beaten_by_none(known: list[ml.Results], value) -> list[float]:
     """Errors, in percent, of those that nothing smaller beats, from small to large."""
     best = []
@@ -339,7 +343,7 @@ def beaten_by_none(known: list[ml.Results], value) -> list[float]:
     [
         ("params", lambda known: known.params),
         ("macs", lambda known: known.macs),
-        ("bytes", lambda k: -(-k.params * (k.records[0]["recipe"].get("weight_bits") or 32) // 8)),
+        ("bytes", lambda k: math.ceil(bits(k) * k.params / 8)),
         ("time", lambda known: runs.speeds().get(known.model)),
     ],
 )
