@@ -76,6 +76,7 @@ RECIPES = {
         )
         for size, bits in (("8k", 4), ("8k", 3), ("8k", 2), ("10k", 3), ("16k", 2))
     },
+    **{name: replace(SGD, model=name) for name in ("shared-1k", "shared-2k")},
     "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, augment=MILD, channels_last=True),
     "simplecnn-421k": Recipe(
         model="simplecnn-421k", epochs=15, lr=0.1, augment=MILD, channels_last=True

@@ -110,6 +110,12 @@ PRESETS = {
         "lightweight CNN, MNIST with under 10k parameters",
         {"widths": (20, 40, 80, 40), "norm_depthwise": False, "bias": True, "dropout": 0.2},
     ),
+    "shared-1k": Preset(
+        SharedCNN, "weights shared over depth; Eigen et al. 2013", {"width": 8, "uses": 8}
+    ),
+    "shared-2k": Preset(
+        SharedCNN, "weights shared over depth; Eigen et al. 2013", {"width": 12, "uses": 8}
+    ),
     "efficientnet-8k": Preset(
         EfficientNet,
         "ours: no rounding of channels to eights",

@@ -162,13 +162,15 @@ class SharedCNN(nn.Module):
 
     Depth without parameters (Eigen et al. 2013; Liang & Hu 2015): each use has a batch
     normalisation of its own, 2 * width parameters, and the convolution's 9 * width^2 are counted
-    once. Input [N, C, H, W], output logits [N, num_classes].
+    once; 9 * width + width^2 where it is separable. Input [N, C, H, W], output logits
+    [N, num_classes].
 
     Args:
         width: channels of all layers.
         uses: of the shared convolution.
         pool_after: uses that a 2x2 max pooling follows, counted from 0; the stem is -1.
         residual: each use adds to its input instead of replacing it.
+        separable: the shared convolution is a depthwise and a 1x1 convolution, nothing between.
 
     Raises:
         ValueError: a pooling after a use that there is not.
@@ -181,6 +183,7 @@ class SharedCNN(nn.Module):
         pool_after: Sequence[int] = (1, 3),
         *,
         residual: bool = False,
+        separable: bool = False,
         in_channels: int = 1,
         num_classes: int = 10,
     ):
@@ -189,7 +192,10 @@ class SharedCNN(nn.Module):
             raise ValueError(f"pool_after={tuple(pool_after)}: from -1 to uses - 1 = {uses - 1}")
         self.pool_after, self.residual = tuple(pool_after), residual
         self.stem = conv_norm_relu(in_channels, width, 3)  # [N, width, H, W]
-        self.shared = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        groups = width if separable else 1
+        self.shared = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False)
+        if separable:
+            self.shared = nn.Sequential(self.shared, nn.Conv2d(width, width, 1, bias=False))
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(uses))
         self.head = nn.Linear(width, num_classes)
 
