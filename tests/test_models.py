@@ -163,17 +163,24 @@ def test_a_cnn_of_another_stem_and_poolings_is_the_list_of_layers_that_it_says()
     assert sides == [28, 14, 14, 14, 7]
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_a_shared_convolution_is_the_same_layer_each_time(residual):
-    model = SharedCNN(width=4, uses=3, pool_after=(-1, 1), residual=residual).eval()
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({}, 9 * 4 * 4),
+        ({"residual": True}, 9 * 4 * 4),
+        ({"separable": True, "stem": (3, 2)}, 9 * 4 + 4 * 4),
+    ],
+)
+def test_a_shared_convolution_is_the_same_layer_each_time(options, weights):
+    model = SharedCNN(width=4, uses=3, pool_after=(-1, 1), **options).eval()
     # Stem, one convolution for all uses, two parameters a channel for each use, head.
-    assert count_parameters(model) == (9 * 4 + 8) + 9 * 4 * 4 + 3 * 8 + 5 * 10
+    assert count_parameters(model) == (9 * 4 + 8) + weights + 3 * 8 + 5 * 10
     images = torch.rand(2, 1, 28, 28)
     pool, x = nn.MaxPool2d(2), model.stem(images)
     x = pool(x)
     for use in range(3):
         y = model.norms[use](model.shared(x)).clamp_min(0)
-        x = x + y if residual else y
+        x = x + y if options.get("residual") else y
         x = pool(x) if use == 1 else x
     torch.testing.assert_close(model(images), model.head(x.flatten(2).mean(2)))
     with pytest.raises(ValueError, match="from -1 to uses - 1 = 2"):

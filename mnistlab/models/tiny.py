@@ -168,6 +168,7 @@ class SharedCNN(nn.Module):
     Args:
         width: channels of all layers.
         uses: of the shared convolution.
+        stem: kernel and stride of the first convolution, which is not shared.
         pool_after: uses that a 2x2 max pooling follows, counted from 0; the stem is -1.
         residual: each use adds to its input instead of replacing it.
         separable: the shared convolution is a depthwise and a 1x1 convolution, nothing between.
@@ -182,6 +183,7 @@ class SharedCNN(nn.Module):
         uses: int = 6,
         pool_after: Sequence[int] = (1, 3),
         *,
+        stem: tuple[int, int] = (3, 1),
         residual: bool = False,
         separable: bool = False,
         in_channels: int = 1,
@@ -191,7 +193,7 @@ class SharedCNN(nn.Module):
         if not set(pool_after) <= set(range(-1, uses)):
             raise ValueError(f"pool_after={tuple(pool_after)}: from -1 to uses - 1 = {uses - 1}")
         self.pool_after, self.residual = tuple(pool_after), residual
-        self.stem = conv_norm_relu(in_channels, width, 3)  # [N, width, H, W]
+        self.stem = conv_norm_relu(in_channels, width, *stem)  # by default [N, width, H, W]
         groups = width if separable else 1
         self.shared = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False)
         if separable:
