@@ -111,7 +111,9 @@ PRESETS = {
         {"widths": (20, 40, 80, 40), "norm_depthwise": False, "bias": True, "dropout": 0.2},
     ),
     "shared-1k": Preset(
-        SharedCNN, "weights shared over depth; Eigen et al. 2013", {"width": 8, "uses": 8}
+        SharedCNN,
+        "weights shared over depth; Eigen et al. 2013",
+        {"width": 16, "uses": 5, "pool_after": (-1, 2), "separable": True},
     ),
     "shared-2k": Preset(
         SharedCNN, "weights shared over depth; Eigen et al. 2013", {"width": 12, "uses": 8}
