@@ -116,7 +116,9 @@ PRESETS = {
         {"width": 16, "uses": 5, "pool_after": (-1, 2), "separable": True},
     ),
     "shared-2k": Preset(
-        SharedCNN, "weights shared over depth; Eigen et al. 2013", {"width": 12, "uses": 8}
+        SharedCNN,
+        "weights shared over depth; Eigen et al. 2013",
+        {"width": 24, "uses": 10, "pool_after": (-1, 2), "separable": True},
     ),
     "efficientnet-8k": Preset(
         EfficientNet,
