@@ -78,6 +78,7 @@ RECIPES = {
         )
         for size, bits in (("8k", 4), ("8k", 3), ("8k", 2), ("10k", 3), ("16k", 2))
     },
+    "shared-1k": replace(SGD, model="shared-1k", epochs=24, lr=0.4, weight_decay=0.0),
     "shared-2k": SHARED_2K,
     "shared-2k-taught": replace(SHARED_2K, teacher="cnn-68k"),
     "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, augment=MILD, channels_last=True),
