@@ -13,7 +13,16 @@ from importlib.metadata import version
 # _torchvision has to come before torchvision.
 from . import _torchvision, compress, data, distill, models, train  # noqa: F401
 from .data import Augment, DataError, Dataset, Split, load, rotations
-from .evaluate import Comparison, Report, Summary, compare, evaluate, wilson
+from .evaluate import (
+    Comparison,
+    Difference,
+    Report,
+    Summary,
+    compare,
+    difference,
+    evaluate,
+    wilson,
+)
 from .models import build
 from .runs import Results, recorded, results, trained
 from .train import Recipe, Run, fit, predict
@@ -23,6 +32,7 @@ __all__ = [
     "Comparison",
     "DataError",
     "Dataset",
+    "Difference",
     "Recipe",
     "Report",
     "Results",
@@ -32,6 +42,7 @@ __all__ = [
     "build",
     "compare",
     "compress",
+    "difference",
     "distill",
     "evaluate",
     "fit",

@@ -219,3 +219,45 @@ class Summary:
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.2f} ± {100 * self.sd:.2f}% (n = {self.n})"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two mean accuracies, as fractions.
+
+    As a text it is in points: f"{d:+.1f}" has one decimal, str(d) has two.
+
+    Attributes:
+        mean, interval: the difference, and its 95% interval.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+
+    @property
+    def outside(self) -> bool:
+        """Whether it is outside the noise: zero is not in the interval."""
+        low, high = self.interval
+        return not low <= 0 <= high
+
+    def __format__(self, spec: str) -> str:
+        mean, low, high = (format(100 * v, spec or "+.2f") for v in (self.mean, *self.interval))
+        return f"{mean} ({low} to {high}), {'outside' if self.outside else 'inside'} the noise"
+
+    def __str__(self) -> str:
+        return format(self, "")
+
+
+def difference(a: Summary, b: Summary) -> Difference:
+    """The mean of a less that of b, with Welch's interval (Welch 1947): the seeds of the two are
+    not paired, and may scatter differently.
+
+    Raises:
+        ValueError: a single seed, which has no scatter.
+    """
+    from scipy.stats import ttest_ind
+
+    if min(a.n, b.n) < 2:
+        raise ValueError(f"two seeds or more of each, not {a.n} and {b.n}")
+    ends = ttest_ind(a.values, b.values, equal_var=False).confidence_interval()
+    return Difference(a.mean - b.mean, (float(ends.low), float(ends.high)))

@@ -134,8 +134,7 @@ def select(folder: Path = runs.RESULTS) -> list[str]:
         step = PRESETS[recipe.model].family is StepCNN
         if step or not (shipped and fits and known.mean > 0.5):
             continue
-        right = sum(r["val"]["correct"] / r["val"]["n"] for r in known.records) / known.n
-        rank = (name == recipe.model, right)
+        rank = (name == recipe.model, known.validated)
         bits = recipe.weight_bits > 0
         key = bits or (recipe.model, recipe.loss, recipe.teacher)
         if key not in best or rank > best[key][0]:

@@ -70,6 +70,12 @@ class Results(Summary):
         return [record["seed"] for record in self.records]
 
     @property
+    def validated(self) -> float:
+        """Mean accuracy on the validation images, 0..1: by this recipes are chosen."""
+        counts = [record["val"] for record in self.records]
+        return sum(count["correct"] / count["n"] for count in counts) / self.n
+
+    @property
     def tried(self) -> int:
         """Number of seeds, with those that diverged."""
         return self.n + len(self.diverged)

@@ -10,9 +10,10 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchmetrics.functional.classification as theirs
-from mnistlab import Report, Summary, compare, evaluate, wilson
+from mnistlab import Report, Summary, compare, difference, evaluate, wilson
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 from torch import nn
 
 K = 5
@@ -86,6 +87,23 @@ def test_summary_of_one_seed_has_no_scatter():
 def test_summary_of_nothing_is_refused():
     with pytest.raises(ValueError, match="nothing to summarise"):
         Summary(())
+
+
+def test_difference_agrees_with_statsmodels_and_says_where_zero_is():
+    a, b = (0.991, 0.993, 0.9925, 0.99, 0.994), (0.985, 0.99, 0.989)
+    found = difference(Summary(a), Summary(b))
+    low, high = CompareMeans(DescrStatsW(a), DescrStatsW(b)).tconfint_diff(usevar="unequal")
+    assert found.mean == pytest.approx(statistics.fmean(a) - statistics.fmean(b))
+    assert found.interval == pytest.approx((low, high))
+    assert not found.outside and str(found).endswith("), inside the noise")
+    ends = f"({100 * low:+.1f} to {100 * high:+.1f})"
+    assert f"{found:+.1f}" == f"{100 * found.mean:+.1f} {ends}, inside the noise"
+    assert difference(Summary(a), Summary((0.98, 0.981))).outside
+
+
+def test_the_difference_of_single_seeds_is_refused():
+    with pytest.raises(ValueError, match="two seeds or more of each, not 3 and 1"):
+        difference(Summary((0.9, 0.8, 0.7)), Summary((0.9,)))
 
 
 # --- report -------------------------------------------------------------------------------------

@@ -99,6 +99,7 @@ FAMILIES = {  # those of which few or no weights are shipped; what they give bes
     "efficientnet-8k": ["maps"],
     "ghostnet-8k": ["maps"],
     "convnext-8k": [],
+    "shared-1k": [],
     "vit-8k": ["attention"],
     "capsules-8k": ["maps"],
     "hvc-68k": ["maps"],

@@ -41,6 +41,8 @@ EXACT = {
     "bottleneck-7k": 7_602,
     "separable-4k": 4_560,
     "separable-9k": 9_730,
+    "shared-1k": 906,
+    "shared-2k": 1_786,
     "efficientnet-8k": 7_925,
     "mobilenet-8k": 7_892,
     "shufflenet-8k": 7_872,

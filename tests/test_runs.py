@@ -84,6 +84,7 @@ def test_a_run_that_diverges_is_recorded_and_told_apart(folder, quickest, tmp_pa
     assert (runs.recorded(folder), runs.lost(folder)) == (["linear-8k"], [])
     known = runs.train_seeds("linear-8k", 1, folder=tmp_path)  # and it can go on
     assert (known.seeds, known.diverged, known.tried) == ([0], (2,), 2)
+    assert known.validated == known.records[0]["history"][-1]["val_accuracy"]
 
 
 def test_a_power_law_is_found_again():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mnistlab import many, recipes
 from mnistlab import sweep as module
+from mnistlab.models import PRESETS
 from mnistlab.recipes import RECIPES
 from mnistlab.runs import start_ray
 from mnistlab.sweep import sweep
@@ -124,8 +125,11 @@ def test_a_mistake_is_answered_before_anything_runs(quickest, monkeypatch, over,
         sweep("linear-8k", over, trials)
 
 
+SEARCHED = ("shared-1k", "shared-2k")  # shape and recipe, not the recipe alone
+
+
 def test_each_tuned_recipe_is_the_best_of_its_tries_and_all_had_as_many():
-    names = sorted(path.stem for path in module.SWEEPS.glob("*.jsonl"))
+    names = {path.stem for path in module.SWEEPS.glob("*.jsonl")} - {*SEARCHED}
     assert names
     for name in names:
         rows = [json.loads(line) for line in (module.SWEEPS / f"{name}.jsonl").open()]
@@ -135,3 +139,19 @@ def test_each_tuned_recipe_is_the_best_of_its_tries_and_all_had_as_many():
         best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
         settings = [f"{k}={v}" for k, v in best["settings"].items() if k != "epochs"]
         assert recipes.override(RECIPES[name], settings) == RECIPES[name]
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_a_searched_net_is_the_best_of_each_stage_of_its_search(name):
+    """A stage has its number of epochs; the best of the last one gave the recipe too."""
+    rows = [json.loads(line) for line in (module.SWEEPS / f"{name}.jsonl").open()]
+    stages = {row["epochs"]: [] for row in rows}
+    for row in rows:
+        stages[row["epochs"]].append(row)
+    for _, tried in sorted(stages.items()):
+        best = max(tried, key=lambda row: (row["val_accuracy"], -row["val_loss"]))["recipe"]
+        assert best["model"] == name
+        assert best["arguments"] == json.loads(json.dumps(PRESETS[name].arguments))
+    recipe = RECIPES[f"{name}-taught" if best["teacher"] else name].describe()
+    differs = {field for field in recipe if recipe[field] != best[field]}
+    assert differs == {"epochs", "arguments"}
