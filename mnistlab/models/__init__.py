@@ -176,7 +176,7 @@ PRESETS = {
     "vit-68k": Preset(ViT, "ours", {"width": 40, "depth": 5, "heads": 2, "pool": "mean"}),
     "vit-210k": Preset(
         ViT,
-        "PyTorch-Scratch-Vision-Transformer-ViT: 210,122 parameters",
+        "PyTorch-Scratch-Vision-Transformer-ViT: 210k parameters",
         {"width": 64, "depth": 6, "pre_logits": True},
     ),
     "vit-821k": Preset(
