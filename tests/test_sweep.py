@@ -145,10 +145,8 @@ def test_each_tuned_recipe_is_the_best_of_its_tries_and_all_had_as_many():
 def test_a_searched_net_is_the_best_of_each_stage_of_its_search(name):
     """A stage has its number of epochs; the best of the last one gave the recipe too."""
     rows = [json.loads(line) for line in (module.SWEEPS / f"{name}.jsonl").open()]
-    stages = {row["epochs"]: [] for row in rows}
-    for row in rows:
-        stages[row["epochs"]].append(row)
-    for _, tried in sorted(stages.items()):
+    for epochs in sorted({row["epochs"] for row in rows}):
+        tried = [row for row in rows if row["epochs"] == epochs]
         best = max(tried, key=lambda row: (row["val_accuracy"], -row["val_loss"]))["recipe"]
         assert best["model"] == name
         assert best["arguments"] == json.loads(json.dumps(PRESETS[name].arguments))
