@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 from . import recipes
 from .data import load
 from .many import can_stack, fit_many
-from .models import build
+from .models import PRESETS, build
 from .runs import RESULTS, alone, read_lines, stale, start_ray, teacher_of
 from .train import Recipe, Run, fit, pick_device, write_atomically
 
@@ -91,7 +92,7 @@ def _search(
     data = load(recipe.data)
 
     def keep(found: dict[str, Any]) -> None:
-        made = recipes.override(recipe, _settings(found["settings"])).describe()
+        made = _whole(recipes.override(recipe, _settings(found["settings"])).describe())
         row = {key: found[key] for key in ("settings", "val_accuracy", "val_loss", "epochs")}
         row |= {"seconds": found["took"], "seed": seed, "date": found["date"], "recipe": made}
         rows.append(row)
@@ -189,8 +190,17 @@ def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _changed(row: dict[str, Any], recipe: Recipe) -> list[str]:
     """Fields in which a trial differs from what its settings make of the recipe now."""
+    if "recipe" not in row:  # the first trials were kept without
+        return []
     tried = recipes.override(recipe, _settings(row["settings"]))
-    return stale([row], tried) if "recipe" in row else []  # the first trials were kept without
+    whole = replace(tried, arguments=_whole(tried.describe())["arguments"])
+    return stale([{"recipe": _whole(row["recipe"])}], whole)
+
+
+def _whole(described: dict[str, Any]) -> dict[str, Any]:
+    """With every argument of the model: a search changes what its preset says."""
+    arguments = PRESETS[described["model"]].arguments | described["arguments"]
+    return described | {"arguments": json.loads(json.dumps(arguments))}
 
 
 def _values(field: str, text: str) -> list[str] | tuple[float, float]:

@@ -47,6 +47,7 @@ def test_every_combination_then_a_range_are_tried_and_kept(cluster, tmp_path):
     assert len(lines) == 6 and all("val_accuracy" in json.loads(line) for line in lines)
     first = json.loads(lines[0])
     assert "test" not in first and first["recipe"]["lr"] == first["settings"]["lr"]
+    assert first["recipe"]["arguments"] == {"hidden": []}  # all, though the recipe changes none
 
     # A sweep that was stopped: what is missing is made, the rest is left as it was. A rate that
     # diverges is a try too, the last in the list.
