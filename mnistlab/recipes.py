@@ -81,7 +81,10 @@ RECIPES = {
     "shared-1k": replace(SGD, model="shared-1k", epochs=24, lr=0.4, weight_decay=0.0),
     "shared-2k": SHARED_2K,
     "shared-2k-taught": replace(SHARED_2K, teacher="cnn-68k"),
+    "shared-4k": replace(SHARED_2K, model="shared-4k"),
+    "shared-8k": replace(SHARED_2K, model="shared-8k"),
     "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, augment=MILD, channels_last=True),
+    "cnn-94k": Recipe(model="cnn-94k", epochs=30, lr=0.2, augment=MILD, channels_last=True),
     "simplecnn-421k": Recipe(
         model="simplecnn-421k", epochs=15, lr=0.1, augment=MILD, channels_last=True
     ),
@@ -93,6 +96,7 @@ RECIPES = {
     "senet-8k": replace(SGD, model="senet-8k", lr=0.2),
     # The large ones take over what was chosen for 68k.
     **{name: replace(ADAMW, model=name) for name in ("vit-8k", "vit-68k", "vit-210k")},
+    "vit-68k-mild": replace(ADAMW, model="vit-68k", augment=MILD),
     "convnext-8k": replace(ADAMW, model="convnext-8k"),
     **{
         name: replace(ADAMW, model=name, augment=MILD) for name in ("convnext-68k", "convnext-288k")

@@ -88,6 +88,11 @@ PRESETS = {
         )
     },
     "cnn-68k": Preset(CNN, "global average pooling; Lin et al. 2013", {"widths": (32, 48, 56, 56)}),
+    "cnn-94k": Preset(
+        CNN,
+        "global average pooling; Lin et al. 2013",
+        {"widths": (20, 32, 48, 48, 56, 56), "stem": (3, 1), "pool_after": (1, 3)},
+    ),
     "fastcnn-106k": Preset(FastCNN, "ours, for speed", {"channels": (16, 32), "hidden": 64}),
     "tinymnistnet-15k": Preset(
         TinyMNISTNet, "TinyMNISTNet, mnist_experiments", {"norm": "none", "dropout": 0.0}
@@ -119,6 +124,16 @@ PRESETS = {
         SharedCNN,
         "weights shared over depth; Eigen et al. 2013",
         {"width": 24, "uses": 10, "pool_after": (-1, 2), "separable": True},
+    ),
+    "shared-4k": Preset(
+        SharedCNN,
+        "weights shared over depth; Eigen et al. 2013",
+        {"width": 40, "uses": 12, "pool_after": (-1, 2), "separable": True},
+    ),
+    "shared-8k": Preset(
+        SharedCNN,
+        "weights shared over depth; Eigen et al. 2013",
+        {"width": 56, "uses": 24, "pool_after": (-1, 2), "separable": True},
     ),
     "efficientnet-8k": Preset(
         EfficientNet,
