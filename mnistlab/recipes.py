@@ -81,10 +81,13 @@ RECIPES = {
     "shared-1k": replace(SGD, model="shared-1k", epochs=24, lr=0.4, weight_decay=0.0),
     "shared-2k": SHARED_2K,
     "shared-2k-taught": replace(SHARED_2K, teacher="cnn-68k"),
-    "shared-4k": replace(SHARED_2K, model="shared-4k"),
+    "shared-2k-long": replace(SHARED_2K, teacher="cnn-68k", epochs=30),
     "shared-8k": replace(SHARED_2K, model="shared-8k"),
+    "shared-8k-taught": replace(SHARED_2K, model="shared-8k", teacher="cnn-68k"),
+    "fullcnn-4k": replace(SHARED_2K, model="fullcnn-4k"),
+    "fullcnn-4k-taught": replace(SHARED_2K, model="fullcnn-4k", teacher="cnn-68k", batch_size=64),
     "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, augment=MILD, channels_last=True),
-    "cnn-94k": Recipe(model="cnn-94k", epochs=30, lr=0.2, augment=MILD, channels_last=True),
+    "fullcnn-99k": Recipe(model="fullcnn-99k", epochs=30, lr=0.2, augment=MILD, channels_last=True),
     "simplecnn-421k": Recipe(
         model="simplecnn-421k", epochs=15, lr=0.1, augment=MILD, channels_last=True
     ),
@@ -96,7 +99,9 @@ RECIPES = {
     "senet-8k": replace(SGD, model="senet-8k", lr=0.2),
     # The large ones take over what was chosen for 68k.
     **{name: replace(ADAMW, model=name) for name in ("vit-8k", "vit-68k", "vit-210k")},
+    # Tries of all 15 epochs, in which augmentation pays; and the 100 epochs of the net's source.
     "vit-68k-mild": replace(ADAMW, model="vit-68k", augment=MILD),
+    "vit-210k-long": replace(ADAMW, model="vit-210k", augment=MILD, epochs=100, batch_size=512),
     "convnext-8k": replace(ADAMW, model="convnext-8k"),
     **{
         name: replace(ADAMW, model=name, augment=MILD) for name in ("convnext-68k", "convnext-288k")

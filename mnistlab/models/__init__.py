@@ -88,11 +88,17 @@ PRESETS = {
         )
     },
     "cnn-68k": Preset(CNN, "global average pooling; Lin et al. 2013", {"widths": (32, 48, 56, 56)}),
-    "cnn-94k": Preset(
-        CNN,
-        "global average pooling; Lin et al. 2013",
-        {"widths": (20, 32, 48, 48, 56, 56), "stem": (3, 1), "pool_after": (1, 3)},
-    ),
+    **{  # no stride in the stem: as many positions as pixels
+        f"fullcnn-{size}": Preset(
+            CNN,
+            "global average pooling; Lin et al. 2013",
+            {"widths": widths, "stem": (3, 1), "pool_after": pool_after},
+        )
+        for size, widths, pool_after in (
+            ("4k", (6, 8, 8, 10, 10, 10), (1, 3)),
+            ("99k", (24, 40, 56, 64, 64), (0, 2)),
+        )
+    },
     "fastcnn-106k": Preset(FastCNN, "ours, for speed", {"channels": (16, 32), "hidden": 64}),
     "tinymnistnet-15k": Preset(
         TinyMNISTNet, "TinyMNISTNet, mnist_experiments", {"norm": "none", "dropout": 0.0}
@@ -125,15 +131,10 @@ PRESETS = {
         "weights shared over depth; Eigen et al. 2013",
         {"width": 24, "uses": 10, "pool_after": (-1, 2), "separable": True},
     ),
-    "shared-4k": Preset(
-        SharedCNN,
-        "weights shared over depth; Eigen et al. 2013",
-        {"width": 40, "uses": 12, "pool_after": (-1, 2), "separable": True},
-    ),
     "shared-8k": Preset(
         SharedCNN,
         "weights shared over depth; Eigen et al. 2013",
-        {"width": 56, "uses": 24, "pool_after": (-1, 2), "separable": True},
+        {"width": 66, "uses": 12, "pool_after": (-1, 2), "separable": True},
     ),
     "efficientnet-8k": Preset(
         EfficientNet,
