@@ -3,8 +3,9 @@
 Learning rate and augmentation of the course's own recipes were chosen on the validation images,
 each by six tries (seed 0) of three rates, with augmentation and without, such as `mnistlab sweep
 cnn-8k --over lr=0.05,0.1,0.2 augment=none,mild`. The tries are in results/sweeps. Those of the slow
-ones, simplecnn-421k and all of chapters 4 to 7, have 5 epochs each instead of 15. Of shared-1k and
-shared-2k the shape was searched too. The others are as their sources state them, or say so.
+ones, simplecnn-421k and all of chapters 4 to 7, have 5 epochs each instead of 15. Of the nets named
+shared and fullcnn the shape was searched too. The others are as their sources state them, or say
+so.
 """
 
 import ast
@@ -81,7 +82,6 @@ RECIPES = {
     "shared-1k": replace(SGD, model="shared-1k", epochs=24, lr=0.4, weight_decay=0.0),
     "shared-2k": SHARED_2K,
     "shared-2k-taught": replace(SHARED_2K, teacher="cnn-68k"),
-    "shared-2k-long": replace(SHARED_2K, teacher="cnn-68k", epochs=30),
     "shared-8k": replace(SHARED_2K, model="shared-8k"),
     "shared-8k-taught": replace(SHARED_2K, model="shared-8k", teacher="cnn-68k"),
     "fullcnn-4k": replace(SHARED_2K, model="fullcnn-4k"),
