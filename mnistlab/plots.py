@@ -4,6 +4,7 @@ Call `style()` once: transparent background, grey text, and colours that colour-
 can tell apart; all of it legible on a light and on a dark page.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -227,7 +228,7 @@ def comparison(names: Sequence[str], *, axes: Sequence[Axes] | None = None) -> S
     multiply-accumulates, and against measured time. A colour and a marker for each family.
 
     Args:
-        names: of recipes, `<family>-<budget>`.
+        names: of recipes, `<family>-<size>`; any other stands for itself.
         axes: three.
 
     Raises:
@@ -242,9 +243,10 @@ def comparison(names: Sequence[str], *, axes: Sequence[Axes] | None = None) -> S
     }
     if axes is None:
         axes = plt.subplots(1, 3, figsize=(7.4, 3.4), sharey=True)[1]
-    families = dict.fromkeys(name.rpartition("-")[0] for name in names)
+    family_of = {name: re.sub(r"-\d+[km]$", "", name) for name in names}
+    families = dict.fromkeys(family_of.values())
     for family, colour, marker in zip(families, cycle(COLOURS), cycle(MARKERS), strict=False):
-        own = [known for name, known in found.items() if name.rpartition("-")[0] == family]
+        own = [known for name, known in found.items() if family_of[name] == family]
         error = 100 * (1 - np.array([known.mean for known in own]))
         high, low = 100 * (1 - np.array([known.interval for known in own])).T
         for ax, value in zip(axes, scales.values(), strict=True):
