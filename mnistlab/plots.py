@@ -265,7 +265,8 @@ def comparison(names: Sequence[str], *, axes: Sequence[Axes] | None = None) -> S
         ends = sorted(map(value, found.values()))
         ax.set(xscale="log", yscale="log", xlabel=label, xlim=(ends[0] / 1.6, ends[-1] * 1.6))
         ax.tick_params(axis="x", labelsize=7.5)
-        for axis, subs in ((ax.xaxis, (1, 3)), (ax.yaxis, (1, 1.5, 2, 3, 5, 7))):
+        between = (1, 3) if ends[-1] < 2000 * ends[0] else (1,)  # else the labels touch
+        for axis, subs in ((ax.xaxis, between), (ax.yaxis, (1, 1.5, 2, 3, 5, 7))):
             axis.set_major_locator(LogLocator(subs=subs))
             axis.set_major_formatter(FuncFormatter(_short))
             axis.set_minor_locator(NullLocator())
