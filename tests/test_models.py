@@ -33,6 +33,8 @@ EXACT = {
     "cnn-10k": 10_481,
     "cnn-16k": 16_656,
     "cnn-68k": 67_994,
+    "fullcnn-4k": 3_796,
+    "fullcnn-99k": 99_282,
     "fastcnn-106k": 106_234,
     "tinymnistnet-15k": 15_774,  # layer by layer in its text; without batch normalisation
     "tinymnistnet-16k": 15_882,
@@ -43,6 +45,7 @@ EXACT = {
     "separable-9k": 9_730,
     "shared-1k": 906,
     "shared-2k": 1_786,
+    "shared-8k": 7_930,
     "efficientnet-8k": 7_925,
     "mobilenet-8k": 7_892,
     "shufflenet-8k": 7_872,

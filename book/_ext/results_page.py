@@ -186,6 +186,7 @@ def notes(known: ml.Results) -> str:
     """What a reader who compares must know of a recipe."""
     first = known.records[0]
     recipe = ml.Recipe().describe() | first["recipe"]  # a field younger than the record
+    devices = sorted({record["device"] for record in known.records})
     said = {
         "one seed: a try": known.n == 1,
         "did not learn": known.mean < LEARNT,
@@ -196,7 +197,7 @@ def notes(known: ml.Results) -> str:
         f"taught by {recipe['teacher']}": recipe["teacher"],
         f"weights of {recipe['weight_bits']} bits": recipe["weight_bits"],
         f"mean of {len(recipe['tta'])} rotated views": recipe["tta"],
-        f"trained on {first['device']}": first["device"] != "cpu",
+        f"trained on {' and '.join(devices)}": devices != ["cpu"],
     }
     return "; ".join(text for text, holds in said.items() if holds)
 
