@@ -86,6 +86,7 @@ RECIPES = {
     "shared-8k-taught": replace(STUDENT, model="shared-8k", teacher="cnn-68k"),
     "fullcnn-4k": replace(STUDENT, model="fullcnn-4k"),
     "fullcnn-4k-taught": replace(STUDENT, model="fullcnn-4k", teacher="cnn-68k", batch_size=64),
+    "fullcnn-10k-3bit": replace(STUDENT, model="fullcnn-10k", teacher="cnn-68k", weight_bits=3),
     "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, augment=MILD, channels_last=True),
     "fullcnn-99k": Recipe(model="fullcnn-99k", epochs=30, lr=0.2, augment=MILD, channels_last=True),
     "simplecnn-421k": Recipe(
