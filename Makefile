@@ -33,8 +33,9 @@ env: $(STAMP) ## Make .venv, or bring it up to date
 $(STAMP): pyproject.toml constraints.txt
 	$(call step,find Python 3.11 to 3.13 with venv,$(PYTHON) -c "$$CHECK_PYTHON")
 	$(call step,make .venv,test -f $@ || $(PYTHON) -m venv --clear .venv)
-	$(call step,install the packages (minutes),$(BIN)/python -m pip install -q $(PINS) -e '.[$(EXTRAS)]')
+	$(call step,install the packages (minutes),$(PIP) $(PINS) -e '.[$(EXTRAS)]')
 	@touch $@
+PIP := $(BIN)/python -m pip install -q --no-compile
 
 lab: env ## Open the chapters in JupyterLab
 	$(call step,JupyterLab,$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/notebooks)
