@@ -144,6 +144,7 @@ def _search(
             field: tune.loguniform(*values) if isinstance(values, tuple) else tune.choice(values)
             for field, values in space.items()
         }
+    wanted = len(rows) + total
     with (
         tempfile.TemporaryDirectory() as scratch,  # Tune's own logs
         tqdm(total=total, desc=f"sweep {name}", unit="trial") as bar,
@@ -170,7 +171,7 @@ def _search(
         ray.shutdown()
     if failed := [result.error for result in found if result.error]:
         raise ValueError(f"{len(failed)} of {len(found)} trials failed: {failed[0]}")
-    if bar.n < total:  # Ctrl-C, which Tune keeps to itself
+    if len(rows) < wanted:  # Ctrl-C, which Tune keeps to itself
         raise KeyboardInterrupt
     return rows
 

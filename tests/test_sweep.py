@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import mnistlab as ml
 import pytest
@@ -12,6 +13,7 @@ from mnistlab.models import PRESETS
 from mnistlab.recipes import RECIPES
 from mnistlab.runs import start_ray
 from mnistlab.sweep import sweep
+from tqdm.auto import tqdm
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def cluster(quickest):
     ray.shutdown()
 
 
-def test_every_combination_then_a_range_are_tried_and_kept(cluster, tmp_path):
+def test_every_combination_then_a_range_are_tried_and_kept(cluster, monkeypatch, tmp_path):
     rows = sweep("linear-8k", {"lr": "0.001,0.1", "augment": "none,mild"}, folder=tmp_path)
     tried = {(row["settings"]["lr"], row["settings"]["augment"]) for row in rows}
     assert tried == {(lr, augment) for lr in (0.001, 0.1) for augment in ("none", "mild")}
@@ -41,6 +43,7 @@ def test_every_combination_then_a_range_are_tried_and_kept(cluster, tmp_path):
     alone = ml.fit("linear-8k", "mnist", recipe, seed=0, progress=False).history[-1]
     assert best["val_accuracy"] == pytest.approx(alone["val_accuracy"], abs=0.002)
 
+    monkeypatch.setattr(module, "tqdm", partial(tqdm, disable=True))  # as TQDM_DISABLE=1 does
     more = sweep("linear-8k", {"lr": "0.01..0.5"}, 2, folder=tmp_path)
     assert len(more) == 2 and all(0.01 <= row["settings"]["lr"] <= 0.5 for row in more)
     lines = (tmp_path / "linear-8k.jsonl").read_text().splitlines()
