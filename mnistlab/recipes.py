@@ -86,6 +86,9 @@ RECIPES = {
     "shared-8k-taught": replace(STUDENT, model="shared-8k", teacher="cnn-68k"),
     "fullcnn-4k": replace(STUDENT, model="fullcnn-4k"),
     "fullcnn-4k-taught": replace(STUDENT, model="fullcnn-4k", teacher="cnn-68k", batch_size=64),
+    "cnn-10k-3bit-long": replace(
+        STUDENT, model="cnn-10k", teacher="cnn-68k", weight_bits=3, epochs=30
+    ),
     "fullcnn-10k-3bit": replace(STUDENT, model="fullcnn-10k", teacher="cnn-68k", weight_bits=3),
     "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, augment=MILD, channels_last=True),
     "fullcnn-99k": Recipe(model="fullcnn-99k", epochs=30, lr=0.2, augment=MILD, channels_last=True),
