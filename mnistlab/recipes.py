@@ -73,7 +73,9 @@ RECIPES = {
             ("mild-taught", {"augment": MILD, "teacher": "cnn-68k"}),
         )
     },
-    **{  # as cnn-8k-taught, with rounded weights: its rate, and no tries of their own
+    # As cnn-8k-taught, with rounded weights: its rate, and no tries of their own, but for two other
+    # shapes of cnn-10k, without a stride in the stem.
+    **{
         f"cnn-{size}-{bits}bit": replace(
             STUDENT, model=f"cnn-{size}", teacher="cnn-68k", weight_bits=bits
         )
@@ -89,7 +91,6 @@ RECIPES = {
     "cnn-10k-3bit-long": replace(
         STUDENT, model="cnn-10k", teacher="cnn-68k", weight_bits=3, epochs=30
     ),
-    "fullcnn-10k-3bit": replace(STUDENT, model="fullcnn-10k", teacher="cnn-68k", weight_bits=3),
     "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, augment=MILD, channels_last=True),
     "fullcnn-99k": Recipe(model="fullcnn-99k", epochs=30, lr=0.2, augment=MILD, channels_last=True),
     "simplecnn-421k": Recipe(

@@ -34,7 +34,6 @@ EXACT = {
     "cnn-16k": 16_656,
     "cnn-68k": 67_994,
     "fullcnn-4k": 3_796,
-    "fullcnn-10k": 10_144,
     "fullcnn-99k": 99_282,
     "fastcnn-106k": 106_234,
     "tinymnistnet-15k": 15_774,  # layer by layer in its text; without batch normalisation

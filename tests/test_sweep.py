@@ -134,6 +134,7 @@ SEARCHED = {
     "shared-1k": "shared-1k",
     "shared-2k": "shared-2k-taught",
     "shared-8k": "shared-8k-taught",
+    "cnn-10k-3bit": "cnn-10k-3bit",
     "fullcnn-4k": "fullcnn-4k-taught",
     "fullcnn-99k": "fullcnn-99k",
     "vit-68k-mild": "vit-68k-mild",
