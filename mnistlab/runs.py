@@ -327,6 +327,7 @@ def start_ray() -> tuple[Any, bool]:
 
     Raises:
         ValueError: Ray is not installed.
+        ConnectionError: it does not start, or does not answer at $RAY_ADDRESS.
     """
     try:
         import ray
@@ -334,7 +335,10 @@ def start_ray() -> tuple[Any, bool]:
         raise ValueError("this needs Ray: pip install 'mnistlab[cluster]'") from None
     os.environ.setdefault(*MALLOC)
     if new := not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)
+        try:
+            ray.init(log_to_driver=False, include_dashboard=False)
+        except Exception as error:  # a busy machine's timeout has no class of its own
+            raise ConnectionError(f"Ray did not start: {error}") from error
     return ray, new
 
 

@@ -105,6 +105,18 @@ def test_where_there_is_a_gpu_the_combinations_are_one_pass(quickest, monkeypatc
     assert (tmp_path / "linear-8k.jsonl").read_text() == kept
 
 
+def test_a_ray_that_does_not_start_is_said_in_one_line(quickest, monkeypatch, tmp_path):
+    ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ConnectionError, match="Ray did not start: The current node timed out"):
+        sweep("linear-8k", {"lr": "0.1"}, folder=tmp_path)
+
+
 def test_values_of_tuples_are_told_apart():
     assert module._values("arguments.widths", "(8,8),(6,6,6)") == ["(8,8)", "(6,6,6)"]
     recipe = recipes.override(RECIPES["cnn-8k"], ["arguments.widths=(6,6,6)"])
