@@ -81,6 +81,9 @@ RECIPES = {
         )
         for size, bits in (("8k", 4), ("8k", 3), ("8k", 2), ("10k", 3), ("16k", 2))
     },
+    "cnn-10k-3bit-long": replace(
+        STUDENT, model="cnn-10k", teacher="cnn-68k", weight_bits=3, epochs=30
+    ),
     "shared-1k": replace(SGD, model="shared-1k", epochs=24, lr=0.4, weight_decay=0.0),
     "shared-2k": SHARED_2K,
     "shared-2k-taught": replace(SHARED_2K, teacher="cnn-68k"),
@@ -88,9 +91,6 @@ RECIPES = {
     "shared-8k-taught": replace(STUDENT, model="shared-8k", teacher="cnn-68k"),
     "fullcnn-4k": replace(STUDENT, model="fullcnn-4k"),
     "fullcnn-4k-taught": replace(STUDENT, model="fullcnn-4k", teacher="cnn-68k", batch_size=64),
-    "cnn-10k-3bit-long": replace(
-        STUDENT, model="cnn-10k", teacher="cnn-68k", weight_bits=3, epochs=30
-    ),
     "cnn-68k": Recipe(model="cnn-68k", epochs=15, lr=0.2, augment=MILD, channels_last=True),
     "fullcnn-99k": Recipe(model="fullcnn-99k", epochs=30, lr=0.2, augment=MILD, channels_last=True),
     "simplecnn-421k": Recipe(
