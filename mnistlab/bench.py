@@ -30,7 +30,7 @@ from .models import PRESETS, build, count_parameters
 from .models.capsules import CapsuleNet
 from .models.convnext import GRN, Block
 from .runs import MALLOC, REFERENCE, SPEEDS, processor
-from .train import LOSSES, Recipe, fit, has_bf16, pick_device, write_atomically
+from .train import LOSSES, Recipe, fit, has_bf16, pick_device, predict, write_atomically
 
 RECORD = Path(__file__).parent / "results" / "bench.csv"
 
@@ -269,6 +269,14 @@ def mended(data: Dataset, pairs: int = 7) -> Iterable[Row]:
             _in_turn(after, before, pairs),
             "batches of 128",
         )
+    model = build("shared-8k")
+    sizes = [lambda n=n: 1 / _seconds(lambda: predict(model, data.val[:1000], batch_size=n), 1)
+             for n in (None, 1000)]  # fmt: skip
+    yield _ratio(
+        "250 images at once for 1,000, shared-8k: predictions a second, after over before",
+        _in_turn(*sizes, pairs),
+        "1,000 images, on a CPU",
+    )
     code = (
         "import mnistlab as ml; from dataclasses import replace; d = ml.load('mnist');"
         "d = replace(d, train=d.train[:12800], val=d.val[:100]); print(ml.fit('simplecnn-421k', d,"

@@ -121,7 +121,7 @@ def evaluate(
     split: Split,
     *,
     tta: Sequence[Callable[[Tensor], Tensor]] | None = None,
-    batch_size: int = 1000,
+    batch_size: int | None = None,
 ) -> Report:
     """Classify a split with a model in eval mode.
 
@@ -129,6 +129,7 @@ def evaluate(
         model: maps [B, C, H, W] to logits; runs where its parameters lie.
         tta: test-time augmentation: views, each pixels in 0..1 [B, C, H, W] to the same, such as
             `rotations(-3, 0, 3)`. The probabilities of all views are averaged.
+        batch_size: as in `predict`.
 
     Raises:
         ValueError: the split, or tta, is empty.
