@@ -12,7 +12,7 @@ STAMP  := .venv/.complete
 PAGES   = $(shell sed -nE 's,^[ -]*(root|file): *([^ ]+).*,_build/html/\2.html,p' _toc.yml)
 
 # One torch thread for each notebook, so that two of them share two cores and outputs repeat.
-# No progress bar is stored. What tensors free is kept (MALLOC of mnistlab/runs.py says why).
+# No progress bar is stored. Freed memory is kept: MALLOC of mnistlab/runs.py says why.
 KEEP   := GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 QUIET  := OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(KEEP)
 
@@ -51,7 +51,7 @@ test: env unit nbval ## Run the unit tests, then every notebook as a test
 	@echo 'All tests passed'
 
 unit: env
-	$(call step,unit tests,OMP_NUM_THREADS=1 $(KEEP) $(BIN)/python -m pytest -n 2 --dist loadfile)
+	$(call step,unit tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile)
 
 nbval: env
 	$(call step,notebooks as tests,$(QUIET) $(BIN)/python -m pytest $(NBVAL) notebooks)

@@ -269,12 +269,14 @@ def mended(data: Dataset, pairs: int = 7) -> Iterable[Row]:
             _in_turn(after, before, pairs),
             "batches of 128",
         )
-    model = build("shared-8k")
-    sizes = [lambda n=n: 1 / _seconds(lambda: predict(model, data.val[:1000], batch_size=n), 1)
-             for n in (None, 1000)]  # fmt: skip
+    model, some = build("shared-8k"), data.val[:1000]
+    after, before = (
+        lambda n=n: 1 / _seconds(lambda: predict(model, some, batch_size=n), 1)
+        for n in (None, 1000)
+    )
     yield _ratio(
         "250 images at once for 1,000, shared-8k: predictions a second, after over before",
-        _in_turn(*sizes, pairs),
+        _in_turn(after, before, pairs),
         "1,000 images, on a CPU",
     )
     code = (

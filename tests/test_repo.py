@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mnistlab.runs import MALLOC
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -136,3 +137,7 @@ def test_no_file_names_the_host_of_a_package_registry():
 
 def test_no_file_holds_a_path_of_one_machine():
     assert mentions(r"(?:(?<![\w.~$/:-])|\\n)/(?:home|root|Users|work|tmp|private)/[\w.-]+") == {}
+
+
+def test_notebooks_keep_freed_memory_as_recorded_runs_do():
+    assert "=".join(MALLOC) in (ROOT / "Makefile").read_text("utf-8")
