@@ -31,6 +31,12 @@ def folder(tmp_path_factory):
 QUICKEST = ml.Recipe(model="linear-8k", epochs=1, batch_size=512, lr=0.05)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """Locks and checkpoints of this test alone: not the user's, who may be training."""
+    monkeypatch.setenv("MNISTLAB_DATA", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def quickest(monkeypatch):
     monkeypatch.setitem(RECIPES, "linear-8k", QUICKEST)
@@ -269,7 +275,7 @@ def test_a_killed_worker(tmp_path, on):
         pytest.importorskip("ray", reason="the extra `cluster` is not installed")
     script, folder = tmp_path / "script.py", tmp_path / "results"
     script.write_text(KILLS)
-    env = os.environ | {"MNISTLAB_DATA": str(tmp_path / "cache"), "RAY_worker_niceness": "0"}
+    env = os.environ | {"RAY_worker_niceness": "0"}
     call = [sys.executable, script, folder, on]
     done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=280)
     if on == "here":
@@ -303,8 +309,7 @@ def test_killed_and_called_again_it_ends_with_each_seed_once(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     call = [sys.executable, script, tmp_path / "results"]
-    env = os.environ | {"MNISTLAB_DATA": str(tmp_path / "cache")}
-    quiet = {"env": env, "stderr": subprocess.DEVNULL}
+    quiet = {"stderr": subprocess.DEVNULL}
     process = subprocess.Popen(call, start_new_session=True, **quiet)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "cache").rglob("*.pt")):  # until the first epoch is over
